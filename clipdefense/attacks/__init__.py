@@ -1,0 +1,44 @@
+"""Attacks: pure functions ``attack(model, x, y, threat, *, seed=0, ids=None, ...) -> x_adv`` on any module with logits."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from clipdefense.attacks.apgd import apgd_ce
+from clipdefense.attacks.context import predict
+from clipdefense.attacks.objectives import cross_entropy, margin
+from clipdefense.attacks.pgd import pgd
+from clipdefense.errors import unknown_name
+from clipdefense.plugins import get_attack
+from clipdefense.threat import ThreatModel
+
+__all__ = ["apgd_ce", "cross_entropy", "margin", "pgd", "predict", "run"]
+
+
+def run(name: str, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, **options: Any) -> Tensor:
+    """Run an attack by name: ``"pgd"``, ``"apgd-ce"``, ``"art:DeepFool"``, ``"torchattacks:PGD"``, a plugin's.
+
+    Args:
+        name: as `clipdefense plugins` lists it.
+        model: images in [0, 1] -> logits.
+        x: (N, C, H, W) in [0, 1]; y: (N,) integer labels.
+        threat: the attacker's budget.
+        options: keyword arguments of the attack (``seed``, ``ids``, ``batch_size``, ``objective``, ...).
+
+    Returns:
+        (N, C, H, W) adversarial images.
+
+    Raises:
+        UsageError: an unknown attack or option, or bad images or labels.
+    """
+    attack = get_attack(name)
+    parameters = inspect.signature(attack).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for option in options:
+            if option not in known:
+                raise unknown_name(f"option of attack {name!r}", option, known)
+    return attack(model, x, y, threat, **options)

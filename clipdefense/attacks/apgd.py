@@ -1,0 +1,135 @@
+"""Auto-PGD (Croce and Hein 2020, arXiv 2003.01690, section 3 and algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from clipdefense.attacks import engine
+from clipdefense.attacks.norms import BALLS, Ball, per_image, project
+from clipdefense.attacks.objectives import Objective, get_objective
+from clipdefense.threat import ThreatModel
+
+
+def checkpoints(steps: int) -> list[int]:
+    """The iterations ``w_j = ceil(p_j * steps)`` at which the step size may be halved.
+
+    ``p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06)`` (section 3.1).
+    """
+    fractions = [0.0, 0.22]
+    while fractions[-1] < 1:
+        fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
+    # rounded first: 0.22 + 0.19 is 0.41000000000000003, whose ceiling at 100 steps would be 42
+    return sorted({math.ceil(round(p * steps, 9)) for p in fractions if p <= 1} - {0})
+
+
+class _APGD:
+    """Algorithm 1, an image a row: each keeps its own iteration k, step size eta and best point."""
+
+    def __init__(self, ball: Ball, eps: float, steps: int, seed: int, stream: int, alpha: float, rho: float) -> None:
+        self.evaluations = steps + 1  # the start and every iterate
+        self.ball, self.eps, self.alpha, self.rho = ball, eps, alpha, rho
+        self.seed, self.stream = seed, stream
+        self.interval = [0] * (steps + 1)  # k -> iterations since the checkpoint before, 0 where k is none
+        before = 0
+        for w in checkpoints(steps):
+            self.interval[w], before = w - before, w
+
+    def start(self, x: Tensor, ids: Tensor) -> engine.State:
+        noise = self.ball.surface(x, ids, self.eps, seed=self.seed, stream=self.stream)
+        x_adv = (x + noise).clamp_(0.0, 1.0)
+        n, zero = len(x), x.new_zeros(len(x))
+        low = x.new_full((n,), -math.inf)
+        return {
+            "x": x,
+            "x_adv": x_adv,
+            "previous": x_adv.clone(),
+            "best": x_adv.clone(),
+            "best_gradient": torch.zeros_like(x),
+            "best_loss": low,
+            "loss": low.clone(),
+            "checkpoint_loss": low.clone(),
+            "eta": zero + 2 * self.eps,
+            "increases": zero.clone(),
+            "halved": torch.zeros(n, dtype=torch.bool, device=x.device),
+            "k": torch.zeros(n, dtype=torch.long, device=x.device),
+        }
+
+    def advance(self, s: engine.State, loss: Tensor, gradient: Tensor) -> engine.State:
+        loss = loss.to(s["loss"].dtype)
+        better = loss > s["best_loss"]
+        s["best"] = torch.where(per_image(better, gradient), s["x_adv"], s["best"])
+        s["best_gradient"] = torch.where(per_image(better, gradient), gradient, s["best_gradient"])
+        s["best_loss"] = torch.where(better, loss, s["best_loss"])
+        s["increases"] = s["increases"] + ((loss > s["loss"]) & (s["k"] > 0))
+        s["loss"] = loss
+        x_adv, gradient = self._checkpoint(s, gradient)
+
+        momentum = torch.where(s["k"] > 0, self.alpha, 1.0).to(x_adv.dtype)
+        a = per_image(momentum, x_adv)
+        z = project(self.ball, s["x"], x_adv + per_image(s["eta"], x_adv) * self.ball.direction(gradient), self.eps)
+        following = x_adv + a * (z - x_adv) + (1 - a) * (x_adv - s["previous"])
+        s["previous"], s["x_adv"] = x_adv, project(self.ball, s["x"], following, self.eps)
+        s["k"] = s["k"] + 1
+        return s
+
+    def _checkpoint(self, s: engine.State, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditions 1 and 2 of section 3.1; where one holds, eta is halved and the search restarts at the best point."""
+        interval = torch.tensor(self.interval, device=gradient.device)[s["k"]]
+        due = interval > 0
+        oscillates = s["increases"] < self.rho * interval
+        stalls = ~s["halved"] & (s["checkpoint_loss"] >= s["best_loss"])
+        halve = due & (oscillates | stalls)
+        s["eta"] = torch.where(halve, s["eta"] / 2, s["eta"])
+        s["halved"] = torch.where(due, halve, s["halved"])
+        s["checkpoint_loss"] = torch.where(due, s["best_loss"], s["checkpoint_loss"])
+        s["increases"] = torch.where(due, 0.0, s["increases"])
+        s["loss"] = torch.where(halve, s["best_loss"], s["loss"])
+        back = per_image(halve, gradient)
+        return torch.where(back, s["best"], s["x_adv"]), torch.where(back, s["best_gradient"], gradient)
+
+    def result(self, s: engine.State) -> Tensor:
+        return s["best"]
+
+
+def apgd_ce(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    objective: str | Objective = "ce",
+    steps: int = 100,
+    alpha: float = 0.75,
+    rho: float = 0.75,
+    eot: int = 1,
+    early_stop: bool = True,
+    batch_size: int = 128,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """Auto-PGD: step size chosen by progress, first step ``2 * eps``, best point kept. One restart.
+
+    Args:
+        model: images in [0, 1] -> logits.
+        x: (N, C, H, W) in [0, 1].
+        y: (N,) integer labels.
+        threat: norm and eps; its steps, step size and restarts do not apply here.
+        objective: what to maximise; cross-entropy makes it APGD-CE.
+        steps: iterations (published: 100).
+        alpha: weight of the step against momentum (published: 0.75).
+        rho: share of ascending steps below which the step size is halved (published: 0.75).
+        eot, early_stop, batch_size, seed, generator, ids: as in :func:`clipdefense.attacks.pgd.pgd`.
+
+    Returns:
+        (N, C, H, W): the iterate that broke the image, or the one of highest loss. Within eps of x and in [0, 1].
+    """
+    seed, names = engine.prepare(model, x, y, seed, generator, ids)
+    if threat.eps == 0 or steps == 0:
+        return x.detach().clone()
+    method = _APGD(BALLS[threat.norm], threat.eps, steps, seed, 0, alpha, rho)
+    options = {"eot": eot, "early_stop": early_stop, "batch_size": batch_size}
+    return engine.run(model, x, y, method, get_objective(objective), ids=names, **options)

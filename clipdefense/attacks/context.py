@@ -1,0 +1,98 @@
+"""The state a model is in while it is attacked or judged, restored afterwards whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from clipdefense.errors import UsageError
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """TF32 off for matrix products and convolutions, autocast off."""
+    # all three together: torch refuses to answer legacy queries when conv and rnn differ
+    knobs = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    before = [knob.fp32_precision for knob in knobs]
+    try:
+        for knob in knobs:
+            knob.fp32_precision = "ieee"
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        for knob, value in zip(knobs, before):
+            knob.fp32_precision = value
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode and no parameter requiring gradients, each restored to what it was."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    flags = [(weight, weight.requires_grad) for module in modules for weight in module.parameters()]
+    try:
+        for part, _ in modes:
+            part.training = False  # not .eval(): it may be overridden to do more than this
+        for weight, _ in flags:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        for weight, flag in flags:
+            weight.requires_grad_(flag)
+
+
+@contextmanager
+def attack_mode(model: nn.Module) -> Iterator[None]:
+    """Frozen weights in eval mode, full fp32, gradients on, whatever the caller's grad mode."""
+    with torch.inference_mode(False), torch.enable_grad(), full_fp32(), frozen(model):
+        yield
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """``model(x)``, checked to be what an attack needs.
+
+    Raises:
+        UsageError: the output is not a float tensor of shape (N, C).
+    """
+    logits = model(x)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != x.shape[0]:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(f"model returned {got} for {x.shape[0]} images; logits of shape (N, classes) are expected.")
+    return logits
+
+
+def check_finite(logits: Tensor, ids: Tensor) -> None:
+    """Stop when the model's output is not finite, naming the images: an attack on NaN proves nothing."""
+    bad = ~torch.isfinite(logits).all(dim=1)
+    if bad.any():
+        shown = ", ".join(str(int(i)) for i in ids[bad][:8])
+        raise UsageError(
+            f"model returns NaN or infinite logits for {int(bad.sum())} images (ids {shown}); an attack on them would "
+            "prove nothing: look at the weights, the dtype (half precision overflows) and the images."
+        )
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor, *, batch_size: int = 128, ids: Tensor | None = None) -> Tensor:
+    """Verdict logits: full fp32, eval mode, no gradients, in chunks.
+
+    Args:
+        model: images -> logits; a module whose forward takes ``ids`` (a wrapped defence) is given them.
+        x: (N, C, H, W) in [0, 1].
+        batch_size: images a forward.
+        ids: (N,) image ids, which make a randomised defence repeatable.
+
+    Returns:
+        (N, classes), float32 (float64 for a float64 model), on x's device.
+    """
+    with attack_mode(model), torch.no_grad():
+        if ids is None:
+            return torch.cat([logits_of(model, part) for part in x.split(batch_size)])
+        pairs = zip(x.split(batch_size), ids.split(batch_size))
+        return torch.cat([model(part, ids=names) for part, names in pairs])

@@ -1,0 +1,283 @@
+"""The interfaces a defence implements, and what an attacker who knows it gets to attack."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from art.defences.preprocessor import PreprocessorPyTorch  # type: ignore[attr-defined]
+from art.defences.trainer import Trainer
+from torch import Tensor, nn
+
+from clipdefense.errors import UsageError
+from clipdefense.randomness import draw_seed
+from clipdefense.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from clipdefense.classifier import ZeroShotClassifier
+    from clipdefense.estimator import CLIPClassifier
+    from clipdefense.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a defence says of itself; it chooses the protocol. An undeclared trait that the audit finds is INVALID.
+
+    Attributes:
+        randomized: two calls on the same input may differ (-> EOT, verdicts over several seeds).
+        optimizes_in_forward: gradients are taken inside the forward pass (-> adaptive views).
+        stateful: a call changes what later calls return.
+    """
+
+    randomized: bool = False
+    optimizes_in_forward: bool = False
+    stateful: bool = False
+
+
+@dataclass(frozen=True)
+class AttackView:
+    """One way an attacker who knows the defence can attack it.
+
+    Attributes:
+        name: short and unique within the defence, such as ``"bpda"``.
+        forward: ``(x, generator) -> (N, C)`` logits, differentiable in x; random draws come from the generator.
+        extra_loss: ``(x, y) -> (N,)``, added to what the attacker maximises (gate evasion), or None.
+        eot: draws over which the attacker averages gradients; 1 for a deterministic view.
+    """
+
+    name: str
+    forward: Callable[[Tensor, torch.Generator], Tensor]
+    extra_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    eot: int = 1
+
+
+class ViewModule(nn.Module):
+    """An :class:`AttackView` as a module with logits, so that every attack runs on it unchanged.
+
+    Each forward draws afresh from a generator seeded at construction: repeated passes over the same image are the
+    EOT draws, and two modules of the same seed give the same sequence.
+    """
+
+    def __init__(self, view: AttackView, model: nn.Module, seed: int = 0) -> None:
+        """
+        Args:
+            view: what to attack.
+            model: the undefended model inside the view; registered so that modes and devices follow.
+            seed: of the draws.
+        """
+        super().__init__()
+        self.view = view
+        self.model = model
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.view.forward(x, self.generator)
+
+    def extra_loss(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """The view's own term of the attacker's objective, (N,), or None."""
+        return None if self.view.extra_loss is None else self.view.extra_loss(x, y)
+
+
+class TestTimeDefense(abc.ABC):
+    """A defence that acts when an image is classified and leaves the weights alone."""
+
+    __test__ = False  # the name is not a pytest class
+    traits: ClassVar[Traits] = Traits()
+
+    @abc.abstractmethod
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The defended classifier: a module from images in [0, 1] to logits, for torchattacks and everything else."""
+
+    def adaptive(self, model: nn.Module) -> tuple[AttackView, ...]:
+        """Views for an attacker who knows the defence; none means "transfer only" wherever a number appears."""
+        return ()
+
+
+class DefendedModel(nn.Module):
+    """``model(x + perturbation(x))`` with the straight-through (BPDA) gradient: what :meth:`InputDefense.wrap` gives."""
+
+    def __init__(self, defense: InputDefense, model: nn.Module) -> None:
+        super().__init__()
+        self.defense = defense
+        self.model = model
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: (N, C, H, W) in [0, 1].
+            ids: (N,) image ids that key the defence's draws; None uses its call counter.
+        """
+        return self.model(self.defense.defend(x, ids=ids))
+
+
+class InputDefense(TestTimeDefense, PreprocessorPyTorch):  # type: ignore[misc]
+    """A test-time defence that changes the input: it also has the face ART calls ``preprocessing_defences``.
+
+    A subclass implements :meth:`perturbation`; the rest (chunks, the straight-through gradient, ART's calls under
+    ``no_grad`` and under ``loss_gradient``) is here. Nothing in it changes modes, ``requires_grad`` or ``.grad``.
+
+    Attributes:
+        seed: keys the random draws, together with image ids or with the count of images seen so far.
+        batch_size: images handled at a time, so that memory stays bounded when ART passes a whole data set.
+    """
+
+    def __init__(self, *, seed: int = 0, batch_size: int = 128) -> None:
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; at least 1 is expected.")
+        device_type = "gpu" if torch.cuda.is_available() else "cpu"
+        super().__init__(device_type=device_type, is_fitted=True, apply_fit=False, apply_predict=True)
+        self.seed = seed
+        self.batch_size = batch_size
+        self._seen = 0
+
+    @abc.abstractmethod
+    def perturbation(self, x: Tensor, *, ids: Tensor | None = None, seed: int | None = None) -> Tensor:
+        """What the defence adds to the images.
+
+        Args:
+            x: (N, C, H, W) in [0, 1], detached, at most :attr:`batch_size` images when called from :meth:`defend`.
+            ids: (N,) image ids that key the random draws.
+            seed: of the draws; None is the defence's own.
+
+        Returns:
+            (N, C, H, W), detached, with x + perturbation in [0, 1].
+        """
+
+    def reset(self) -> None:
+        """Begin the sequence of un-numbered draws again: the same calls then give the same results."""
+        self._seen = 0
+
+    def number(self, x: Tensor) -> Tensor:
+        """Ids for images that came without: the next of a counter, negative so as never to meet a caller's own."""
+        first = -1 - self._seen
+        self._seen += len(x)
+        return torch.arange(first, first - len(x), -1, device=x.device)
+
+    def defend(self, x: Tensor, *, ids: Tensor | None = None, seed: int | None = None) -> Tensor:
+        """Defended images; the gradient with respect to x is the identity (BPDA), as ART needs it inside ``forward``.
+
+        Without ids, each image takes the next number of a counter, so the result does not depend on the chunk size.
+        """
+        ids = self.number(x) if ids is None else ids.to(x.device)
+        # inference tensors cannot enter autograd, and the defence may need gradients of its own
+        with torch.inference_mode(False), torch.no_grad():
+            plain = x.detach().clone() if x.is_inference() else x.detach()
+            chunks = zip(plain.split(self.batch_size), ids.clone().split(self.batch_size))
+            delta = torch.cat([self.perturbation(part, ids=names, seed=seed) for part, names in chunks])
+        return x + delta
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The defended classifier, gradients by BPDA."""
+        return DefendedModel(self, model)
+
+    def forward(self, x: Tensor, y: Any = None) -> tuple[Tensor, Any]:
+        """ART's face: (defended images, labels as they came)."""
+        return self.defend(x), y
+
+    def bpda(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Logits of the defended model with the straight-through gradient, draws from the generator: a view's forward."""
+        return model(self.defend(x, ids=torch.arange(len(x), device=x.device), seed=draw_seed(generator)))
+
+
+class TrainerDefense(Trainer):  # type: ignore[misc]
+    """A defence that fine-tunes the image tower: an ART trainer on the core's loop.
+
+    A subclass states the inner attack's objective, the parameters that train, and :meth:`losses`. The loop takes
+    care of data, attack, optimiser, schedule, checkpoints and resuming.
+
+    Attributes:
+        threat: the inner attack's budget (``steps`` and ``alpha`` included).
+        config: optimiser, schedule, batch size, epochs.
+        variant: ``"released"`` computes what the released code computes; ``"default"`` is for use today.
+    """
+
+    variants: ClassVar[tuple[str, ...]] = ("default",)
+    needs_labels: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        classifier: CLIPClassifier | ZeroShotClassifier,
+        *,
+        threat: ThreatModel | None = None,
+        config: TrainingConfig | None = None,
+        variant: str = "default",
+        **overrides: Any,
+    ) -> None:
+        """
+        Args:
+            classifier: the estimator (ART) or the bare model to train, in place.
+            threat: budget of the inner attack; None is the method's own.
+            config: training hyper-parameters; None is the method's own.
+            variant: one of :attr:`variants`.
+            overrides: single fields of the config, such as ``epochs=2``.
+
+        Raises:
+            UsageError: an unknown variant, or a field the config does not have.
+        """
+        from clipdefense.errors import unknown_name
+        from clipdefense.estimator import CLIPClassifier
+
+        if variant not in self.variants:
+            raise unknown_name("variant", variant, self.variants)
+        estimator = classifier if isinstance(classifier, CLIPClassifier) else CLIPClassifier(classifier)
+        super().__init__(estimator)
+        self.variant = variant
+        self.threat = threat if threat is not None else self.default_threat()
+        self.config = (config if config is not None else self.default_config()).override(**overrides)
+
+    @property
+    def model(self) -> ZeroShotClassifier:
+        """The module being trained."""
+        return self._classifier.model
+
+    @abc.abstractmethod
+    def default_threat(self) -> ThreatModel:
+        """The published inner attack for :attr:`variant`."""
+
+    @abc.abstractmethod
+    def default_config(self) -> TrainingConfig:
+        """The published hyper-parameters for :attr:`variant`."""
+
+    @abc.abstractmethod
+    def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Named scalar loss terms; their sum is minimised.
+
+        Args:
+            batch: ``x`` clean images, ``x_adv`` the inner attack's, ``y`` labels where the method needs them.
+        """
+
+    def attack_objective(self, batch: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """What the inner attack maximises: ``(logits, y) -> (N,)``; cross-entropy unless the method says otherwise."""
+        from clipdefense.attacks.objectives import cross_entropy
+
+        return cross_entropy
+
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters that train: the whole image tower unless the method says otherwise."""
+        return self.model.tower.parameters()
+
+    def fit(self, x: Any, y: Any = None, **overrides: Any) -> None:
+        """Train on arrays (N, 3, H, W) in [0, 1] with integer or one-hot labels; overrides are config fields."""
+        from clipdefense.training.loop import fit_arrays
+
+        fit_arrays(self, x, y, self.config.override(**_art_names(overrides)))
+
+    def fit_generator(self, generator: Any, **overrides: Any) -> None:
+        """Train on an ART ``DataGenerator``; overrides are config fields."""
+        from clipdefense.training.loop import fit_generator
+
+        fit_generator(self, generator, self.config.override(**_art_names(overrides)))
+
+    def fit_loader(self, loader: Any, **overrides: Any) -> None:
+        """Train on any iterable of (images, labels) batches, such as a ``DataLoader``; overrides are config fields."""
+        from clipdefense.training.loop import fit_loader
+
+        fit_loader(self, loader, self.config.override(**_art_names(overrides)))
+
+
+def _art_names(overrides: dict[str, Any]) -> dict[str, Any]:
+    """ART calls it ``nb_epochs``; the rest has the same name."""
+    return {{"nb_epochs": "epochs"}.get(name, name): value for name, value in overrides.items()}

@@ -1,0 +1,37 @@
+"""The errors a user can cause, each one clear sentence; everything else that is raised is a bug."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """Something the caller gave cannot be used; the message says what was got, what is expected, what to do."""
+
+
+class MissingPackageError(UsageError, ImportError):
+    """An optional package is not installed; the message names the ``pip install`` that brings it."""
+
+
+def unknown_name(argument: str, got: str, known: Iterable[str], advice: str = "") -> UsageError:
+    """The error for a name that is in no list, with the nearest names that are.
+
+    Args:
+        argument: what the name stands for, e.g. ``"attack"``.
+        got: the name as given.
+        known: every name that would have been accepted.
+        advice: a closing sentence, e.g. where the full list is shown.
+    """
+    names = sorted(known)
+    folded = {name.lower(): name for name in names}
+    near = [folded[key] for key in difflib.get_close_matches(got.lower(), folded, n=3, cutoff=0.5)]
+    near += [name for name in names if got and name.lower().startswith(got.lower()) and name not in near][:3]
+    if near:
+        hint = "did you mean " + " or ".join(map(repr, near)) + "?"
+    elif names:
+        shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+        hint = f"known: {shown}."
+    else:
+        hint = "none is registered."
+    return UsageError(f"{argument} {got!r} is unknown; {hint}{' ' + advice if advice else ''}")

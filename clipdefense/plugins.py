@@ -1,0 +1,243 @@
+"""Discovery: entry points of the group ``clipdefense`` -> names -> objects.
+
+Built-in plugins come in by the same route as anyone else's. Nothing is imported until it is used, a broken plugin
+is reported by name and skipped, and a name that two plugins claim is an error for whoever uses that name only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from clipdefense import hookspecs
+from clipdefense.errors import MissingPackageError, UsageError, unknown_name
+
+KINDS = ("models", "defenses", "attacks", "datasets", "commands")
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One registered name: what it is, where it lives, who brought it."""
+
+    kind: str
+    name: str
+    target: str
+    plugin: str
+    distribution: str
+    summary: str = ""
+    requires: tuple[str, ...] = ()
+    install: str = ""
+    known_unsound: str = ""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Required packages that are not installed."""
+        return tuple(name for name in self.requires if importlib.util.find_spec(name) is None)
+
+    def load(self) -> Any:
+        """Import the target; a missing optional package is a :class:`MissingPackageError` that says what to install."""
+        if self.missing:
+            raise self._not_installed(", ".join(self.missing))
+        module_name, _, attribute = self.target.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and not module_name.startswith(error.name):
+                raise self._not_installed(error.name) from error
+            raise
+        try:
+            return getattr(module, attribute)
+        except AttributeError as error:
+            raise UsageError(
+                f"plugin {self.plugin!r} of {self.distribution} registers {self.name!r} as {self.target!r}, "
+                f"but {module_name} has no attribute {attribute!r}; report it to the plugin's author."
+            ) from error
+
+    def _not_installed(self, packages: str) -> MissingPackageError:
+        return MissingPackageError(
+            f"{self.name!r} (plugin {self.plugin!r}) needs {packages}, which is not installed: "
+            f"pip install '{self.install or packages}'"
+        )
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """A discovered plugin. ``error`` is empty when it loaded."""
+
+    name: str
+    distribution: str
+    version: str
+    contributions: tuple[Contribution, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Everything that was discovered in this process."""
+
+    plugins: tuple[PluginInfo, ...]
+    by_name: dict[tuple[str, str], list[Contribution]] = field(default_factory=dict)
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(name for of_kind, name in self.by_name if of_kind == kind)
+
+    def find(self, kind: str, name: str) -> Contribution:
+        """The one contribution of that kind and name.
+
+        Raises:
+            UsageError: nobody or more than one plugin claims the name.
+        """
+        claims = self.by_name.get((kind, name), [])
+        if not claims:
+            singular = kind[:-1].replace("defense", "defence")
+            raise unknown_name(singular, name, self.names(kind), "`clipdefense plugins` lists them all.")
+        if len(claims) > 1:
+            raise UsageError(_conflict(claims))
+        return claims[0]
+
+
+def _conflict(claims: list[Contribution]) -> str:
+    owners = " and ".join(f"{c.distribution} (plugin {c.plugin!r})" for c in claims)
+    return (
+        f"the {claims[0].kind[:-1]} name {claims[0].name!r} is claimed by {owners}; uninstall one of them, or list the "
+        "plugins to keep in CLIPDEFENSE_PLUGINS."
+    )
+
+
+def _contributions(manager: pluggy.PluginManager, plugin: ModuleType, name: str, owner: str) -> tuple[Contribution, ...]:
+    """Call the plugin's own hook implementations, with a callback that records what it registers."""
+    found: list[Contribution] = []
+    for kind in KINDS:
+
+        def register(entry: str, target: str, *, _kind: str = kind, **fields: Any) -> None:
+            if ":" not in target:
+                raise UsageError(f"target {target!r} of {entry!r} is not of the form 'package.module:attribute'.")
+            found.append(Contribution(_kind, entry, target, name, owner, **fields))
+
+        others = [other for other in manager.get_plugins() if other is not plugin]
+        manager.subset_hook_caller(f"register_{kind}", remove_plugins=others)(register=register)
+    return tuple(found)
+
+
+def _admit(manager: pluggy.PluginManager, plugin: ModuleType, name: str, owner: str) -> tuple[Contribution, ...]:
+    """Register a hook module; raises (and leaves the manager as it was) for a misspelt hook or a bad argument."""
+    manager.register(plugin, name)
+    try:
+        manager.check_pending()
+        return _contributions(manager, plugin, name, owner)
+    except Exception:
+        manager.unregister(plugin)
+        raise
+
+
+def _load_entry_point(manager: pluggy.PluginManager, point: EntryPoint, strict: bool) -> PluginInfo:
+    owner = point.dist.name if point.dist else "unknown distribution"
+    version = point.dist.version if point.dist else ""
+    try:
+        return PluginInfo(point.name, owner, version, _admit(manager, point.load(), point.name, owner))
+    except Exception as error:
+        if strict:
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"plugin {point.name!r} of {owner} is skipped: {reason}", stacklevel=2)
+        return PluginInfo(point.name, owner, version, error=reason)
+
+
+def discover() -> Registry:
+    """Read the entry points afresh. ``registry()`` is the cached form that everything else uses."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    strict = os.environ.get("CLIPDEFENSE_STRICT") == "1"
+    allowed = os.environ.get("CLIPDEFENSE_PLUGINS")
+    wanted = None if allowed is None else {name.strip() for name in allowed.split(",") if name.strip()}
+
+    native = importlib.import_module("clipdefense.attacks.hooks")
+    plugins = [PluginInfo("core", "clipdefense", "", _admit(manager, native, "core", "clipdefense"))]
+    points = sorted(entry_points(group=hookspecs.PROJECT), key=lambda point: point.name)
+    if wanted is not None and (missing := wanted - {point.name for point in points}):
+        raise unknown_name("CLIPDEFENSE_PLUGINS entry", sorted(missing)[0], {point.name for point in points})
+    plugins += [
+        _load_entry_point(manager, point, strict) for point in points if wanted is None or point.name in wanted
+    ]
+
+    by_name: dict[tuple[str, str], list[Contribution]] = {}
+    for plugin in plugins:
+        for contribution in plugin.contributions:
+            by_name.setdefault((contribution.kind, contribution.name), []).append(contribution)
+    if strict and (clashes := [claims for claims in by_name.values() if len(claims) > 1]):
+        raise UsageError(_conflict(clashes[0]))
+    return Registry(tuple(plugins), by_name)
+
+
+@cache
+def registry() -> Registry:
+    """What is installed, read once per process (``registry.cache_clear()`` reads it again)."""
+    return discover()
+
+
+def list_plugins() -> tuple[PluginInfo, ...]:
+    """Every plugin found, with its distribution, version, contributions and, where it failed, the reason."""
+    return registry().plugins
+
+
+def split_spec(kind: str, spec: str) -> tuple[Contribution, str]:
+    """``"plugin:rest"`` -> (contribution, rest), for models and datasets.
+
+    Raises:
+        UsageError: no colon, nothing behind it, or an unknown plugin.
+    """
+    prefix, colon, rest = spec.partition(":")
+    singular = kind[:-1]
+    if not colon or not rest:
+        known = ", ".join(f"{name}:..." for name in registry().names(kind))
+        raise UsageError(f"{singular} {spec!r} is not of the form 'plugin:name'; installed: {known}.")
+    return registry().find(kind, prefix), rest
+
+
+def get_defense(name: str) -> Any:
+    """The defence class registered as ``name``, e.g. ``"ttc"`` or ``"tecoa"``."""
+    return registry().find("defenses", name).load()
+
+
+def get_attack(name: str) -> Any:
+    """The attack function registered as ``name``: ``"pgd"``, or ``"family:Name"`` such as ``"art:DeepFool"``."""
+    known = registry()
+    family, colon, rest = name.partition(":")
+    if colon and ("attacks", family + ":") in known.by_name:
+        return known.find("attacks", family + ":").load()(rest)
+    return known.find("attacks", name).load()
+
+
+def load_model(spec: str, classes: Any = None, **options: Any) -> Any:
+    """Load a zero-shot classifier.
+
+    Args:
+        spec: ``plugin:name[@weights]``; weights are a tag, a path or ``hf-hub:org/name``, as the plugin understands.
+        classes: class names, in the order of the labels; None where the weights bring their own.
+        options: passed on to the plugin (``templates``, ``device``, ...).
+
+    Returns:
+        A :class:`clipdefense.ZeroShotClassifier` in eval mode.
+    """
+    contribution, rest = split_spec("models", spec)
+    name, _, weights = rest.partition("@")
+    return contribution.load()(name, weights or None, classes=classes, **options)
+
+
+def load_dataset(spec: str, **options: Any) -> Any:
+    """Load labelled images: ``plugin:rest``, e.g. ``"npz:path/to/images.npz"``.
+
+    Returns:
+        A :class:`clipdefense.data.ImageDataset`.
+    """
+    contribution, rest = split_spec("datasets", spec)
+    return contribution.load()(rest, **options)
