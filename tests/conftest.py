@@ -1,0 +1,65 @@
+"""Small real models and images that the tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor
+
+from clipdefense.classifier import ZeroShotClassifier
+
+CLASSES = tuple(f"thing {i}" for i in range(10))
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    torch.manual_seed(0)
+
+
+def make_tiny_model(classes: int = 10, *, quick_gelu: bool = True, dtype: torch.dtype = torch.float32) -> ZeroShotClassifier:
+    """A real open_clip ViT image tower (2 layers, width 64, 32 px, patch 8) with random but fixed weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        clip = open_clip.model.CLIP(
+            embed_dim=32,
+            vision_cfg={"layers": 2, "width": 64, "patch_size": 8, "image_size": 32},
+            text_cfg={"context_length": 77, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1},
+            quick_gelu=quick_gelu,
+        )
+        names = [f"thing {i}" for i in range(classes)]
+        anchors = torch.randn(classes, 32)
+    model = ZeroShotClassifier(clip.visual, anchors, class_names=names, image_size=32, logit_scale=100.0)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def tiny_model() -> ZeroShotClassifier:
+    return make_tiny_model()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """(12, 3, 32, 32) in [0, 1], smooth, with some pixels at the ends of the range."""
+    generator = torch.Generator().manual_seed(7)
+    coarse = torch.rand(12, 3, 8, 8, generator=generator) * 1.4 - 0.2
+    return torch.nn.functional.interpolate(coarse, size=32, mode="bilinear").clamp(0, 1)
+
+
+@pytest.fixture
+def labels(tiny_model: ZeroShotClassifier, images: Tensor) -> Tensor:
+    """The model's own predictions, so that every image starts out right."""
+    with torch.no_grad():
+        return tiny_model(images).argmax(dim=1)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real images and weights named by CLIPDEFENSE_DATA; skips where it is not there."""
+    folder = os.environ.get("CLIPDEFENSE_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("real data: set CLIPDEFENSE_DATA to the folder that holds caltech101_64.npz and the others")
+    return Path(folder)
