@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from art.defences.preprocessor import PreprocessorPyTorch  # type: ignore[attr-defined]
+from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.defences.trainer import Trainer
 from torch import Tensor, nn
 
@@ -116,8 +116,9 @@ class DefendedModel(nn.Module):
 class InputDefense(TestTimeDefense, PreprocessorPyTorch):  # type: ignore[misc]
     """A test-time defence that changes the input: it also has the face ART calls ``preprocessing_defences``.
 
-    A subclass implements :meth:`perturbation`; the rest (chunks, the straight-through gradient, ART's calls under
-    ``no_grad`` and under ``loss_gradient``) is here. Nothing in it changes modes, ``requires_grad`` or ``.grad``.
+    A subclass implements :meth:`perturb` (and :meth:`draw`, if it is random); the rest (chunks, numbering of draws,
+    the straight-through gradient, ART's calls under ``no_grad`` and under ``loss_gradient``) is here. Nothing in it
+    changes modes, ``requires_grad`` or ``.grad``.
 
     Attributes:
         seed: keys the random draws, together with image ids or with the count of images seen so far.
@@ -125,52 +126,78 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):  # type: ignore[misc]
     """
 
     def __init__(self, *, seed: int = 0, batch_size: int = 128) -> None:
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}; at least 1 is expected.")
-        device_type = "gpu" if torch.cuda.is_available() else "cpu"
-        super().__init__(device_type=device_type, is_fitted=True, apply_fit=False, apply_predict=True)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size!r}; a whole number of at least 1 is expected.")
+        super().__init__(device_type="gpu", is_fitted=True, apply_fit=False, apply_predict=True)
         self.seed = seed
         self.batch_size = batch_size
         self._seen = 0
 
     @abc.abstractmethod
-    def perturbation(self, x: Tensor, *, ids: Tensor | None = None, seed: int | None = None) -> Tensor:
-        """What the defence adds to the images.
+    def perturb(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        """What the method adds to one chunk of images.
 
         Args:
-            x: (N, C, H, W) in [0, 1], detached, at most :attr:`batch_size` images when called from :meth:`defend`.
-            ids: (N,) image ids that key the random draws.
-            seed: of the draws; None is the defence's own.
+            x: (N, C, H, W) in [0, 1], detached, N <= :attr:`batch_size`; called under ``no_grad``.
+            noise: what :meth:`draw` gave, or what the caller passed in.
 
         Returns:
             (N, C, H, W), detached, with x + perturbation in [0, 1].
         """
 
+    def draw(self, x: Tensor, ids: Tensor, seed: int) -> Tensor | None:
+        """The random draw for these images, a function of (seed, id) alone; None for a deterministic defence."""
+        return None
+
+    def perturbation(
+        self, x: Tensor, *, noise: Tensor | None = None, ids: Tensor | None = None, seed: int | None = None
+    ) -> Tensor:
+        """What the defence adds to the images, :attr:`batch_size` at a time.
+
+        Args:
+            x: (N, C, H, W) in [0, 1].
+            noise: the random draw, (N, C, H, W), instead of a fresh one.
+            ids: (N,) image ids that key the draws. Without them each image takes the next number of a counter, so
+                the result does not depend on the chunk size, and :meth:`reset` repeats it.
+            seed: of the draws; None is the defence's own.
+
+        Returns:
+            (N, C, H, W), detached, in x's dtype, with x + perturbation in [0, 1].
+        """
+        if noise is not None and noise.shape != x.shape:
+            raise UsageError(f"noise has shape {tuple(noise.shape)}; x's shape {tuple(x.shape)} is expected.")
+        if ids is None and noise is None:
+            ids = self._number(x)
+        parts = []
+        # an inference tensor cannot enter autograd, and the defence may need gradients of its own
+        with torch.inference_mode(False), torch.no_grad():
+            for start in range(0, len(x), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                part = x[rows].detach().clone()
+                if noise is not None:
+                    given: Tensor | None = noise[rows].detach().to(part)
+                else:
+                    assert ids is not None
+                    given = self.draw(part, ids[rows].to(part.device), self.seed if seed is None else seed)
+                parts.append(self.perturb(part, given))
+            return torch.cat(parts)
+
     def reset(self) -> None:
         """Begin the sequence of un-numbered draws again: the same calls then give the same results."""
         self._seen = 0
 
-    def number(self, x: Tensor) -> Tensor:
-        """Ids for images that came without: the next of a counter, negative so as never to meet a caller's own."""
+    def _number(self, x: Tensor) -> Tensor:
+        """Ids for images that came without: negative, so as never to meet a caller's own."""
         first = -1 - self._seen
         self._seen += len(x)
         return torch.arange(first, first - len(x), -1, device=x.device)
 
     def defend(self, x: Tensor, *, ids: Tensor | None = None, seed: int | None = None) -> Tensor:
-        """Defended images; the gradient with respect to x is the identity (BPDA), as ART needs it inside ``forward``.
-
-        Without ids, each image takes the next number of a counter, so the result does not depend on the chunk size.
-        """
-        ids = self.number(x) if ids is None else ids.to(x.device)
-        # inference tensors cannot enter autograd, and the defence may need gradients of its own
-        with torch.inference_mode(False), torch.no_grad():
-            plain = x.detach().clone() if x.is_inference() else x.detach()
-            chunks = zip(plain.split(self.batch_size), ids.clone().split(self.batch_size))
-            delta = torch.cat([self.perturbation(part, ids=names, seed=seed) for part, names in chunks])
-        return x + delta
+        """Defended images; the gradient with respect to x is the identity (BPDA), as ART needs it inside ``forward``."""
+        return x + self.perturbation(x, ids=ids, seed=seed)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The defended classifier, gradients by BPDA."""
+        """The defended classifier, gradients by BPDA; its ``forward`` also takes ``ids``."""
         return DefendedModel(self, model)
 
     def forward(self, x: Tensor, y: Any = None) -> tuple[Tensor, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
@@ -63,3 +64,9 @@ def data_folder() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("real data: set CLIPDEFENSE_DATA to the folder that holds caltech101_64.npz and the others")
     return Path(folder)
+
+
+@pytest.fixture
+def make_model() -> Callable[..., ZeroShotClassifier]:
+    """``make_tiny_model(classes=10, quick_gelu=True, dtype=torch.float32)`` for tests that need another shape of it."""
+    return make_tiny_model
