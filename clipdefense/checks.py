@@ -32,7 +32,9 @@ def check_images(x: Tensor, argument: str = "x", channels: int | None = None) ->
         raise UsageError(f"{argument} is an empty batch, shape {tuple(x.shape)}; at least one image is expected.")
     if channels is not None and x.shape[1] != channels:
         advice = "; it looks like NHWC, permute with x.permute(0, 3, 1, 2)" if x.shape[3] == channels else ""
-        raise UsageError(f"{argument} has {x.shape[1]} channels, shape {tuple(x.shape)}; {channels} are expected{advice}.")
+        raise UsageError(
+            f"{argument} has {x.shape[1]} channels, shape {tuple(x.shape)}; {channels} are expected{advice}."
+        )
     low, high = (float(value) for value in x.detach().aminmax())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise UsageError(f"{argument} contains NaN or infinite values; finite pixels in [0, 1] are expected.")

@@ -41,7 +41,9 @@ class EmbeddingTable:
             embeddings: (len(names), D).
         """
         if len(names) != len(embeddings):
-            raise UsageError(f"embeddings has {len(embeddings)} rows for {len(names)} names; one row a name is expected.")
+            raise UsageError(
+                f"embeddings has {len(embeddings)} rows for {len(names)} names; one row a name is expected."
+            )
         self.names = tuple(names)
         self.embeddings = embeddings.detach().clone()
         self._row = {name: row for row, name in enumerate(self.names)}
@@ -57,7 +59,8 @@ class EmbeddingTable:
             near = difflib.get_close_matches(missing[0], self.names, n=3)
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise UsageError(
-                f"classes: {len(missing)} of {len(names)} names have no stored embedding, the first is {missing[0]!r}{hint}."
+                f"classes: {len(missing)} of {len(names)} names have no stored embedding, "
+                f"the first is {missing[0]!r}{hint}."
             )
         return self.embeddings[[self._row[name] for name in names]]
 
@@ -84,7 +87,8 @@ class ClassHead(nn.Module):
         self.names = check_class_names(names)
         if embeddings.dim() != 2 or len(embeddings) != len(self.names):
             raise UsageError(
-                f"class_embeddings has shape {tuple(embeddings.shape)}; ({len(self.names)}, D) is expected, a row a class."
+                f"class_embeddings has shape {tuple(embeddings.shape)}; "
+                f"({len(self.names)}, D) is expected, a row a class."
             )
         if not torch.isfinite(embeddings).all() or (embeddings.norm(dim=1) == 0).any():
             raise UsageError("class_embeddings contains NaN, infinite or zero rows; finite non-zero ones are expected.")

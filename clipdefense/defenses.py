@@ -89,7 +89,10 @@ class TestTimeDefense(abc.ABC):
 
     @abc.abstractmethod
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The defended classifier: a module from images in [0, 1] to logits, for torchattacks and everything else."""
+        """The defended classifier: a module from images in [0, 1] to logits, for torchattacks and everything else.
+
+        Where :attr:`traits` say ``randomized``, its ``forward`` also takes ``ids`` (N,) and ``seed``.
+        """
 
     def adaptive(self, model: nn.Module) -> tuple[AttackView, ...]:
         """Views for an attacker who knows the defence; none means "transfer only" wherever a number appears."""
@@ -97,20 +100,21 @@ class TestTimeDefense(abc.ABC):
 
 
 class DefendedModel(nn.Module):
-    """``model(x + perturbation(x))`` with the straight-through (BPDA) gradient: what :meth:`InputDefense.wrap` gives."""
+    """``model(x + perturbation(x))`` with the straight-through (BPDA) gradient, from :meth:`InputDefense.wrap`."""
 
     def __init__(self, defense: InputDefense, model: nn.Module) -> None:
         super().__init__()
         self.defense = defense
         self.model = model
 
-    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor | None = None, seed: int | None = None) -> Tensor:
         """
         Args:
             x: (N, C, H, W) in [0, 1].
-            ids: (N,) image ids that key the defence's draws; None uses its call counter.
+            ids: (N,) image ids that key the defence's draws; None uses its counter.
+            seed: of the draws; None is the defence's own.
         """
-        return self.model(self.defense.defend(x, ids=ids))
+        return self.model(self.defense.defend(x, ids=ids, seed=seed))
 
 
 class InputDefense(TestTimeDefense, PreprocessorPyTorch):  # type: ignore[misc]
@@ -193,11 +197,11 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):  # type: ignore[misc]
         return torch.arange(first, first - len(x), -1, device=x.device)
 
     def defend(self, x: Tensor, *, ids: Tensor | None = None, seed: int | None = None) -> Tensor:
-        """Defended images; the gradient with respect to x is the identity (BPDA), as ART needs it inside ``forward``."""
+        """Defended images; the gradient in x is the identity (BPDA), which ART needs inside ``forward``."""
         return x + self.perturbation(x, ids=ids, seed=seed)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The defended classifier, gradients by BPDA; its ``forward`` also takes ``ids``."""
+        """The defended classifier, gradients by BPDA; its ``forward`` also takes ``ids`` and ``seed``."""
         return DefendedModel(self, model)
 
     def forward(self, x: Tensor, y: Any = None) -> tuple[Tensor, Any]:
@@ -205,7 +209,7 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):  # type: ignore[misc]
         return self.defend(x), y
 
     def bpda(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Logits of the defended model with the straight-through gradient, draws from the generator: a view's forward."""
+        """A view's forward: logits of the defended model, straight-through gradient, draws from the generator."""
         return model(self.defend(x, ids=torch.arange(len(x), device=x.device), seed=draw_seed(generator)))
 
 

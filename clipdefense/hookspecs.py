@@ -16,7 +16,7 @@ with dotted ``"package.module:attribute"`` targets, which are imported when firs
 Every ``register`` takes ``(name, target, *, summary="", requires=(), install="", known_unsound="")``:
 
 * ``summary``: the line that ``clipdefense plugins`` prints;
-* ``requires``: import names of optional packages, with ``install``, the argument of the ``pip install`` that brings them;
+* ``requires``: import names of optional packages, and ``install``, what to ``pip install`` to get them;
 * ``known_unsound``: why a registered variant gives false robustness (it must then be found INVALID by the audit).
 """
 

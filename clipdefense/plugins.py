@@ -113,7 +113,9 @@ def _conflict(claims: list[Contribution]) -> str:
     )
 
 
-def _contributions(manager: pluggy.PluginManager, plugin: ModuleType, name: str, owner: str) -> tuple[Contribution, ...]:
+def _contributions(
+    manager: pluggy.PluginManager, plugin: ModuleType, name: str, owner: str
+) -> tuple[Contribution, ...]:
     """Call the plugin's own hook implementations, with a callback that records what it registers."""
     found: list[Contribution] = []
     for kind in KINDS:
@@ -160,14 +162,12 @@ def discover() -> Registry:
     allowed = os.environ.get("CLIPDEFENSE_PLUGINS")
     wanted = None if allowed is None else {name.strip() for name in allowed.split(",") if name.strip()}
 
-    native = importlib.import_module("clipdefense.attacks.hooks")
+    native = importlib.import_module("clipdefense.native")
     plugins = [PluginInfo("core", "clipdefense", "", _admit(manager, native, "core", "clipdefense"))]
     points = sorted(entry_points(group=hookspecs.PROJECT), key=lambda point: point.name)
     if wanted is not None and (missing := wanted - {point.name for point in points}):
         raise unknown_name("CLIPDEFENSE_PLUGINS entry", sorted(missing)[0], {point.name for point in points})
-    plugins += [
-        _load_entry_point(manager, point, strict) for point in points if wanted is None or point.name in wanted
-    ]
+    plugins += [_load_entry_point(manager, point, strict) for point in points if wanted is None or point.name in wanted]
 
     by_name: dict[tuple[str, str], list[Contribution]] = {}
     for plugin in plugins:

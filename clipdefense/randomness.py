@@ -53,7 +53,7 @@ def _words(shape: tuple[int, ...], ids: Tensor, seed: int, stream: int) -> Tenso
     """Uniform 32-bit words, shape (N, prod(shape))."""
     first, second = _keys(ids, seed, stream)
     position = torch.arange(math.prod(shape), device=ids.device, dtype=torch.int64)
-    counter = (position * _signed(_GOLDEN) & _WORD)
+    counter = position * _signed(_GOLDEN) & _WORD
     counter = (counter - ((counter >> 31) << 32)).to(torch.int32)
     return _mix(_mix(counter[None, :] + first[:, None]) ^ second[:, None])
 

@@ -21,7 +21,9 @@ def _one_seed() -> None:
     torch.manual_seed(0)
 
 
-def make_tiny_model(classes: int = 10, *, quick_gelu: bool = True, dtype: torch.dtype = torch.float32) -> ZeroShotClassifier:
+def make_tiny_model(
+    classes: int = 10, *, quick_gelu: bool = True, dtype: torch.dtype = torch.float32
+) -> ZeroShotClassifier:
     """A real open_clip ViT image tower (2 layers, width 64, 32 px, patch 8) with random but fixed weights."""
     with torch.random.fork_rng():
         torch.manual_seed(1234)

@@ -1,4 +1,4 @@
-"""Attacks: pure functions ``attack(model, x, y, threat, *, seed=0, ids=None, ...) -> x_adv`` on any module with logits."""
+"""Attacks: pure functions ``attack(model, x, y, threat, *, seed=0, ids=None, ...) -> x_adv`` on modules with logits."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class _APGD:
         return s
 
     def _checkpoint(self, s: engine.State, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Conditions 1 and 2 of section 3.1; where one holds, eta is halved and the search restarts at the best point."""
+        """Conditions 1 and 2 of section 3.1: where one holds, halve eta and go on from the best point."""
         interval = torch.tensor(self.interval, device=gradient.device)[s["k"]]
         due = interval > 0
         oscillates = s["increases"] < self.rho * interval

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +55,13 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def logits_of(model: nn.Module, x: Tensor) -> Tensor:
-    """``model(x)``, checked to be what an attack needs.
+def logits_of(model: nn.Module, x: Tensor, **keys: Any) -> Tensor:
+    """``model(x, **keys)``, checked to be what an attack needs.
 
     Raises:
         UsageError: the output is not a float tensor of shape (N, C).
     """
-    logits = model(x)
+    logits = model(x, **keys)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != x.shape[0]:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"model returned {got} for {x.shape[0]} images; logits of shape (N, classes) are expected.")
@@ -78,21 +79,23 @@ def check_finite(logits: Tensor, ids: Tensor) -> None:
         )
 
 
-@torch.no_grad()
-def predict(model: nn.Module, x: Tensor, *, batch_size: int = 128, ids: Tensor | None = None) -> Tensor:
+def predict(model: nn.Module, x: Tensor, *, batch_size: int = 128, **per_image: Any) -> Tensor:
     """Verdict logits: full fp32, eval mode, no gradients, in chunks.
 
     Args:
-        model: images -> logits; a module whose forward takes ``ids`` (a wrapped defence) is given them.
+        model: images -> logits.
         x: (N, C, H, W) in [0, 1].
         batch_size: images a forward.
-        ids: (N,) image ids, which make a randomised defence repeatable.
+        per_image: further keyword arguments of the model's forward; tensors are split as x is. A wrapped randomised
+            defence takes ``ids`` (N,) and ``seed``, which make its draws repeatable.
 
     Returns:
         (N, classes), float32 (float64 for a float64 model), on x's device.
     """
+    logits = []
     with attack_mode(model), torch.no_grad():
-        if ids is None:
-            return torch.cat([logits_of(model, part) for part in x.split(batch_size)])
-        pairs = zip(x.split(batch_size), ids.split(batch_size))
-        return torch.cat([model(part, ids=names) for part, names in pairs])
+        for start in range(0, len(x), batch_size):
+            rows = slice(start, start + batch_size)
+            keys = {key: value[rows] if isinstance(value, Tensor) else value for key, value in per_image.items()}
+            logits.append(logits_of(model, x[rows], **keys))
+    return torch.cat(logits)

@@ -84,7 +84,8 @@ def pgd(
     seed, names = engine.prepare(model, x, y, seed, generator, ids)
     if init is not None and (init.shape != x.shape or threat.restarts > 1):
         raise UsageError(
-            f"init has shape {tuple(init.shape)} with {threat.restarts} restarts; x's shape {tuple(x.shape)} and 1 expected."
+            f"init has shape {tuple(init.shape)} with {threat.restarts} restarts; "
+            f"x's shape {tuple(x.shape)} and one restart are expected."
         )
     if threat.eps == 0 or threat.steps == 0:
         return x.detach().clone()

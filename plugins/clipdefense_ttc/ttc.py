@@ -175,7 +175,7 @@ class TTC(InputDefense):
             return torch.cat([drift_ratio(judge.embed(part + d_0), judge.embed(part)) for part, d_0 in parts])
 
     def adaptive(self, model: nn.Module) -> tuple[AttackView, ...]:
-        """BPDA with EOT: D is piecewise constant in x, so the straight-through gradient is the exact one off the box."""
+        """BPDA with EOT: D is piecewise constant in x, so the straight-through gradient is exact off the box."""
         return (AttackView("bpda-eot", lambda x, generator: self.bpda(model, x, generator), eot=20),)
 
 

@@ -1,4 +1,4 @@
-"""The native attacks, registered as a plugin registers its own."""
+"""The native attacks, registered as a plugin registers its own (and outside `attacks`, which imports torch)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,75 @@
+"""What a number depends on: weights, classes, versions, machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+PACKAGES = ("clipdefense", "torch", "torchvision", "adversarial-robustness-toolbox", "open_clip_torch", "timm", "numpy")
+
+
+def sha256_of_weights(model: nn.Module) -> str:
+    """A hash over names, shapes, dtypes and bytes of every parameter and buffer of the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware, for the head of every result."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def fingerprint(model: nn.Module, **settings: Any) -> dict[str, Any]:
+    """Everything a verdict depends on besides the images.
+
+    Args:
+        model: the (undefended) model.
+        settings: what else to record: seeds, batch size, attacks.
+    """
+    names = getattr(model, "class_names", None)
+    return {
+        "model": getattr(model, "source", "") or type(model).__name__,
+        "weights_sha256": sha256_of_weights(model),
+        "classes": None if names is None else len(names),
+        "class_names_sha256": None if names is None else hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        "image_size": getattr(model, "image_size", None),
+        "dtype": str(getattr(model, "dtype", next((p.dtype for p in model.parameters()), None))),
+        "device": str(getattr(model, "device", next((p.device for p in model.parameters()), "cpu"))),
+        "verdicts": "float32, TF32 off",
+        **settings,
+        "machine": machine(),
+    }

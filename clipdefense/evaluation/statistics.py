@@ -1,0 +1,43 @@
+"""Intervals and tests for accuracies."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from scipy.stats import norm
+
+from clipdefense.errors import UsageError
+
+
+class Interval(NamedTuple):
+    """A confidence interval of a proportion."""
+
+    low: float
+    high: float
+
+
+def wilson(proportion: float, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval (1927) of a proportion observed on n images.
+
+    Unlike the normal approximation it stays in [0, 1] and does not collapse at 0 % or 100 %. For a mean over several
+    seeds of a randomised defence n is still the number of images, which is conservative.
+
+    Args:
+        proportion: the observed share, in [0, 1].
+        n: images.
+        confidence: coverage, such as 0.95.
+
+    Raises:
+        UsageError: a proportion outside [0, 1], or n below 1.
+    """
+    if not 0 <= proportion <= 1 or n < 1:
+        raise UsageError(
+            f"wilson got the proportion {proportion} of n = {n}; a share in [0, 1] of at least 1 is expected."
+        )
+    z = float(norm.ppf(0.5 + confidence / 2))
+    centre = proportion + z * z / (2 * n)
+    spread = z * math.sqrt(proportion * (1 - proportion) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # at 0 and 1 the exact end is 0 and 1; rounding may leave it a hair outside
+    return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
