@@ -12,6 +12,7 @@ from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.defences.trainer import Trainer
 from torch import Tensor, nn
 
+from clipdefense.checks import check_images
 from clipdefense.errors import UsageError
 from clipdefense.randomness import draw_seed
 from clipdefense.threat import ThreatModel
@@ -117,7 +118,7 @@ class DefendedModel(nn.Module):
         return self.model(self.defense.defend(x, ids=ids, seed=seed))
 
 
-class InputDefense(TestTimeDefense, PreprocessorPyTorch):  # type: ignore[misc]
+class InputDefense(TestTimeDefense, PreprocessorPyTorch):
     """A test-time defence that changes the input: it also has the face ART calls ``preprocessing_defences``.
 
     A subclass implements :meth:`perturb` (and :meth:`draw`, if it is random); the rest (chunks, numbering of draws,
@@ -168,8 +169,13 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):  # type: ignore[misc]
         Returns:
             (N, C, H, W), detached, in x's dtype, with x + perturbation in [0, 1].
         """
+        check_images(x)
         if noise is not None and noise.shape != x.shape:
             raise UsageError(f"noise has shape {tuple(noise.shape)}; x's shape {tuple(x.shape)} is expected.")
+        return self._perturbation(x, noise, ids, seed)
+
+    def _perturbation(self, x: Tensor, noise: Tensor | None, ids: Tensor | None, seed: int | None) -> Tensor:
+        """Unchecked: attacks of other libraries step outside [0, 1] by rounding, and must not fail inside."""
         if ids is None and noise is None:
             ids = self._number(x)
         parts = []
@@ -198,7 +204,7 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):  # type: ignore[misc]
 
     def defend(self, x: Tensor, *, ids: Tensor | None = None, seed: int | None = None) -> Tensor:
         """Defended images; the gradient in x is the identity (BPDA), which ART needs inside ``forward``."""
-        return x + self.perturbation(x, ids=ids, seed=seed)
+        return x + self._perturbation(x, None, ids, seed)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The defended classifier, gradients by BPDA; its ``forward`` also takes ``ids`` and ``seed``."""
@@ -213,7 +219,7 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):  # type: ignore[misc]
         return model(self.defend(x, ids=torch.arange(len(x), device=x.device), seed=draw_seed(generator)))
 
 
-class TrainerDefense(Trainer):  # type: ignore[misc]
+class TrainerDefense(Trainer):
     """A defence that fine-tunes the image tower: an ART trainer on the core's loop.
 
     A subclass states the inner attack's objective, the parameters that train, and :meth:`losses`. The loop takes

@@ -131,5 +131,5 @@ def apgd_ce(
     if threat.eps == 0 or steps == 0:
         return x.detach().clone()
     method = _APGD(BALLS[threat.norm], threat.eps, steps, seed, 0, alpha, rho)
-    options = {"eot": eot, "early_stop": early_stop, "batch_size": batch_size}
-    return engine.run(model, x, y, method, get_objective(objective), ids=names, **options)
+    loss = get_objective(objective)
+    return engine.run(model, x, y, method, loss, ids=names, eot=eot, early_stop=early_stop, batch_size=batch_size)

@@ -16,7 +16,8 @@ from clipdefense.errors import UsageError
 def full_fp32() -> Iterator[None]:
     """TF32 off for matrix products and convolutions, autocast off."""
     # all three together: torch refuses to answer legacy queries when conv and rnn differ
-    knobs = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    cudnn: Any = torch.backends.cudnn
+    knobs = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
     before = [knob.fp32_precision for knob in knobs]
     try:
         for knob in knobs:

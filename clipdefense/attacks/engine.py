@@ -111,8 +111,8 @@ def run(
     Returns:
         (N, C, H, W) adversarial images, detached, on x's device and in its dtype.
     """
-    result = x.detach().clone()
     with attack_mode(model):
+        result = x.detach().clone()  # in here: a clone made under inference mode could not be written to
         for indices in torch.arange(len(x), device=x.device).split(UNIT):
             _run_unit(model, x, y, method, objective, ids, indices, eot, early_stop, batch_size, result)
     return result

@@ -25,23 +25,23 @@ from clipdefense.threat import Norm, ThreatModel
 def global_seed(seed: int) -> Iterator[None]:
     """Python's, NumPy's and torch's global generators, seeded inside and as they were outside."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    before = random.getstate(), np.random.get_state()
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002 - the generator other libraries draw from
     try:
         with torch.random.fork_rng(devices=devices):
             random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002 - the generator that other libraries draw from
+            np.random.seed(seed % 2**32)  # noqa: NPY002
             torch.default_generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed_all(seed)
             yield
     finally:
         random.setstate(before[0])
-        np.random.set_state(before[1])
+        np.random.set_state(before[1])  # noqa: NPY002
 
 
 def constructor_options(attack: type, *positional: str) -> set[str]:
-    """Names of the keyword options that a class's constructor takes, without ``self`` and the positional ones."""
-    return set(inspect.signature(attack.__init__).parameters) - {"self", "kwargs", *positional}
+    """Names of the options that a class's constructor takes, without what it attacks."""
+    return set(inspect.signature(attack).parameters) - {"args", "kwargs", *positional}
 
 
 def check_options(name: str, options: Mapping[str, Any], known: set[str]) -> None:

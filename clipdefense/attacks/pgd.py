@@ -97,8 +97,9 @@ def pgd(
             method, keys = _PGD(*settings), names[left]
         else:
             method, keys = _FromInit(init.to(x), *settings), left
-        options = {"eot": eot, "early_stop": early_stop, "batch_size": batch_size}
-        result[left] = engine.run(model, x[left], y[left], method, loss, ids=keys, **options)
+        result[left] = engine.run(
+            model, x[left], y[left], method, loss, ids=keys, eot=eot, early_stop=early_stop, batch_size=batch_size
+        )
         if restart + 1 < threat.restarts:
             robust = predict(model, result[left], batch_size=batch_size).argmax(dim=1) == y[left]
             left = left[robust]

@@ -151,7 +151,8 @@ class Evaluation:
 
     def worst_case(self) -> Row:
         """Right under every attack and every verdict seed, and on the clean image."""
-        survived = np.concatenate([self.clean.correct, *(row.correct for row in self.rows)]).all(axis=0, keepdims=True)
+        every = np.concatenate([self.clean.correct, *(row.correct for row in self.rows)])
+        survived = np.asarray(every.all(axis=0))[None]
         label = "worst case per image" if self.adaptive else "worst case per image (transfer only)"
         return Row(label, f"{len(self.rows)} attacks", survived)
 

@@ -1,0 +1,391 @@
+"""The native attacks: known optima, geometry, and everything an attack must not depend on or leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from clipdefense import ThreatModel, UsageError, ZeroShotClassifier, attacks
+from clipdefense.attacks.apgd import checkpoints
+from clipdefense.attacks.context import frozen, full_fp32, predict
+from clipdefense.attacks.engine import loss_and_gradient
+from clipdefense.attacks.norms import BALLS, project
+
+NATIVE = ["pgd", "apgd-ce"]
+THREATS = [ThreatModel("linf", 8 / 255, steps=6), ThreatModel("l2", 1.0, steps=6)]
+FEW: dict[str, dict[str, int]] = {"pgd": {}, "apgd-ce": {"steps": 6}}
+
+
+class Linear(nn.Module):
+    """Logits linear in the pixels, so that the worst case is known in closed form."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(classes, 12, generator=torch.Generator().manual_seed(5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight.T
+
+
+def distance(threat: ThreatModel, x: Tensor, x_adv: Tensor) -> Tensor:
+    delta = (x_adv - x).flatten(1)
+    return delta.abs().amax(1) if threat.norm == "linf" else delta.norm(dim=1)
+
+
+def test_objectives_by_hand() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
+    y = torch.tensor([0, 2])
+    torch.testing.assert_close(attacks.margin(logits, y), torch.tensor([-1.0, 2.0]))
+    expected = torch.tensor([0.40760596, 2.16984602])  # log(1 + e^-1 + e^-2), log(e^-1 + e^2 + 1)
+    torch.testing.assert_close(attacks.cross_entropy(logits, y), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_linear_model_linf_reaches_the_optimum(name: str) -> None:
+    # two classes: the loss is monotone in (w_other - w_true) . d, maximised by eps * sign of it
+    model = Linear(classes=2)
+    x = torch.full((4, 3, 2, 2), 0.5)
+    y = torch.tensor([0, 1, 0, 1])
+    threat = ThreatModel("linf", 0.1, steps=30)
+    x_adv = attacks.run(name, model, x, y, threat, early_stop=False)
+    gap = (model.weight[1 - y] - model.weight[y]).view_as(x)
+    torch.testing.assert_close(x_adv, x + 0.1 * gap.sign(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_linear_model_l2_reaches_the_optimum(name: str) -> None:
+    model = Linear(classes=2)
+    x = torch.full((4, 3, 2, 2), 0.5)
+    y = torch.tensor([0, 1, 0, 1])
+    threat = ThreatModel("l2", 0.3, step_size=0.05, steps=60)
+    x_adv = attacks.run(name, model, x, y, threat, early_stop=False)
+    gap = (model.weight[1 - y] - model.weight[y]).view_as(x)
+    best = 0.3 * gap / gap.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(x_adv, x + best, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+@pytest.mark.parametrize("name", NATIVE)
+def test_ball_and_box(name: str, threat: ThreatModel, tiny_model: ZeroShotClassifier, images: Tensor) -> None:
+    y = torch.arange(len(images)) % 10
+    for early_stop in (True, False):
+        x_adv = attacks.run(name, tiny_model, images, y, threat, early_stop=early_stop, **FEW[name])
+        assert distance(threat, images, x_adv).max() <= threat.eps + 1e-7 * (1 if threat.norm == "linf" else 10)
+        assert x_adv.min() >= 0 and x_adv.max() <= 1
+        assert x_adv.dtype == images.dtype and not x_adv.requires_grad
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 1000), norm=st.sampled_from(["linf", "l2"]), eps=st.floats(1e-4, 2.0))
+def test_projection_is_in_ball_and_box_and_leaves_inner_points(seed: int, norm: str, eps: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(3, 3, 4, 4, generator=generator)
+    far = x + torch.randn(x.shape, generator=generator)
+    ball = BALLS[norm]  # type: ignore[index]
+    point = project(ball, x, far, eps)
+    threat = ThreatModel(norm, min(eps, 1.0) if norm == "linf" else eps)  # type: ignore[arg-type]
+    assert distance(threat, x, point).max() <= eps * (1 + 1e-5) + 1e-7
+    assert point.min() >= 0 and point.max() <= 1
+    torch.testing.assert_close(project(ball, x, point, eps), point, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_attack_beats_random_noise(
+    name: str, tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    threat = ThreatModel("linf", 8 / 255, steps=10)
+    x_adv = attacks.run(name, tiny_model, images, labels, threat, **({"steps": 20} if name == "apgd-ce" else {}))
+    noisy = project(BALLS["linf"], images, images + torch.randn_like(images), threat.eps)
+    right = [(predict(tiny_model, z).argmax(1) == labels).sum() for z in (x_adv, noisy)]
+    assert right[0] == 0 and right[1] > 0
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_same_seed_same_result_other_seed_other_result(
+    name: str, tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    threat = ThreatModel("linf", 1 / 255, steps=3)
+    first, again, other = (
+        attacks.run(name, tiny_model, images, labels, threat, seed=seed, early_stop=False) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    drawn = [
+        attacks.run(name, tiny_model, images, labels, threat, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    ]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_neighbours_order_and_batch_size_do_not_matter(
+    name: str, early_stop: bool, make_model: Callable[..., ZeroShotClassifier], images: Tensor
+) -> None:
+    # float64, so that another batch shape's rounding does not flip a sign
+    model, x = make_model(dtype=torch.float64), images.double()
+    y = predict(model, x).argmax(dim=1)
+    threat = ThreatModel("linf", 2 / 255, steps=5)
+    options = {"seed": 4, "early_stop": early_stop, **FEW[name]}
+    ids = torch.arange(100, 100 + len(x))
+    whole = attacks.run(name, model, x, y, threat, ids=ids, **options)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    shuffled = attacks.run(name, model, x[order], y[order], threat, ids=ids[order], **options)
+    torch.testing.assert_close(shuffled, whole[order], atol=1e-9, rtol=0)
+    refilled = attacks.run(name, model, x, y, threat, ids=ids, batch_size=5, **options)
+    torch.testing.assert_close(refilled, whole, atol=1e-9, rtol=0)
+    alone = attacks.run(name, model, x[3:4], y[3:4], threat, ids=ids[3:4], **options)
+    torch.testing.assert_close(alone, whole[3:4], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_class_order_does_not_matter(
+    name: str, make_model: Callable[..., ZeroShotClassifier], images: Tensor
+) -> None:
+    model, x = make_model(dtype=torch.float64), images.double()
+    y = predict(model, x).argmax(dim=1)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    permuted = ZeroShotClassifier(model.tower, model.head.embeddings[order], image_size=32).double().eval()
+    threat = ThreatModel("linf", 2 / 255, steps=5)
+    options = {"early_stop": False, **FEW[name]}
+    there = attacks.run(name, permuted, x, order.argsort()[y], threat, **options)
+    torch.testing.assert_close(there, attacks.run(name, model, x, y, threat, **options), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_few_classes(name: str, classes: int, make_model: Callable[..., ZeroShotClassifier], images: Tensor) -> None:
+    model = make_model(classes=classes)
+    y = predict(model, images).argmax(dim=1)
+    x_adv = attacks.run(name, model, images, y, ThreatModel("linf", 16 / 255, steps=10), objective="margin")
+    assert (predict(model, x_adv).argmax(1) == y).sum() < len(y)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_eps_zero_returns_the_images(
+    name: str, tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    x_adv = attacks.run(name, tiny_model, images, labels, ThreatModel("linf", 0.0))
+    assert torch.equal(x_adv, images) and x_adv.data_ptr() != images.data_ptr()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_nothing_is_left_behind(
+    name: str, tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    tiny_model.train()
+    tiny_model.tower.ln_post.eval()  # a part kept in eval on purpose stays so
+    frozen_weight = next(tiny_model.parameters()).requires_grad_(False)
+    modes = [part.training for part in tiny_model.modules()]
+    x = images.clone().requires_grad_(True)
+    rng = torch.get_rng_state()
+    with torch.inference_mode():
+        attacks.run(name, tiny_model, images.clone(), labels, THREATS[0], **FEW[name])
+    attacks.run(name, tiny_model, x, labels, THREATS[0], **FEW[name])
+    assert [part.training for part in tiny_model.modules()] == modes
+    assert all(weight.grad is None for weight in tiny_model.parameters()) and x.grad is None
+    assert not frozen_weight.requires_grad
+    assert sum(not weight.requires_grad for weight in tiny_model.parameters()) == 1
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.is_grad_enabled()
+
+
+def test_one_channel_images() -> None:
+    class Grey(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], dim=1)
+
+    x = torch.full((2, 1, 4, 4), 0.52)
+    x_adv = attacks.pgd(Grey(), x, torch.zeros(2, dtype=torch.long), ThreatModel("linf", 0.05, steps=5))
+    assert x_adv.shape == x.shape and (x_adv.mean((1, 2, 3)) < 0.5).all()
+
+
+def test_restarts_go_on_with_the_unbroken_only(
+    tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    passes: list[int] = []
+    tiny_model.tower.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    one = attacks.pgd(tiny_model, images, labels, ThreatModel("linf", 0.5 / 255, steps=3))
+    robust = (predict(tiny_model, one).argmax(1) == labels).sum().item()
+    assert 0 < robust < len(images)
+    passes.clear()
+    attacks.pgd(tiny_model, images, labels, ThreatModel("linf", 0.5 / 255, steps=3, restarts=2))
+    first, between = passes[:3], passes[3]
+    assert first[0] == len(images) and between == len(images)  # the verdict between restarts
+    assert passes[4] == robust
+
+
+def test_early_stop_spends_passes_on_unbroken_images_only(
+    tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    passes: list[int] = []
+    hook = tiny_model.tower.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    threat = ThreatModel("linf", 1 / 255, steps=8)
+    attacks.pgd(tiny_model, images, labels, threat)
+    spent = sum(passes)
+    hook.remove()
+    # an image broken by the iterate after k steps needs k + 1 forwards; one that is never broken needs 8
+    needed = torch.full((len(images),), 8)
+    for steps in range(7, -1, -1):
+        short = ThreatModel("linf", 1 / 255, step_size=threat.alpha, steps=steps)
+        if steps == 0:
+            start = BALLS["linf"].uniform(images, torch.arange(len(images)), threat.eps, seed=0, stream=0)
+            iterate = (images + start).clamp(0, 1)
+        else:
+            iterate = attacks.pgd(tiny_model, images, labels, short, early_stop=False)
+        broken = predict(tiny_model, iterate).argmax(1) != labels
+        needed[broken] = steps + 1
+    assert spent == int(needed.sum())
+
+
+def test_eot_averages_the_gradient() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.draws = iter([1.0, 3.0, 5.0])
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = next(self.draws) * x.sum((1, 2, 3))
+            return torch.stack([torch.zeros_like(total), total], dim=1)
+
+    x = torch.full((1, 1, 2, 2), 0.25)
+    loss, gradient, logits = loss_and_gradient(Noisy(), x, torch.tensor([0]), attacks.margin, eot=3)
+    torch.testing.assert_close(gradient, torch.full_like(x, 3.0))
+    torch.testing.assert_close(loss, torch.tensor([3.0]))
+    torch.testing.assert_close(logits, torch.tensor([[0.0, 3.0]]))
+
+
+def test_apgd_checkpoints_of_the_paper() -> None:
+    # p = 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99
+    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+
+
+def test_apgd_halves_the_step_when_it_stalls() -> None:
+    # At an optimum reached at once the loss cannot rise, so every checkpoint halves eta: 2 eps / 2^(checkpoints passed).
+    from clipdefense.attacks.apgd import _APGD
+
+    method = _APGD(BALLS["linf"], 0.1, 10, seed=0, stream=0, alpha=0.75, rho=0.75)
+    x = torch.full((1, 1, 2, 2), 0.5)
+    state = method.start(x, torch.tensor([0]))
+    etas = []
+    for _ in range(11):
+        state = method.advance(state, torch.zeros(1), torch.ones_like(x))
+        etas.append(round(float(state["eta"]), 6))
+    # ceil of 10 p: 3, 5, 6, 7, 8, 9, 10; never an ascent after k = 0, so condition 1 holds at each
+    assert checkpoints(10) == [3, 5, 6, 7, 8, 9, 10]
+    expected = [0.2 / 2 ** sum(w <= k for w in checkpoints(10)) for k in range(11)]
+    assert etas == [round(value, 6) for value in expected]
+
+
+def test_apgd_returns_the_best_point(make_model: Callable[..., ZeroShotClassifier], images: Tensor) -> None:
+    model, x = make_model(dtype=torch.float64), images.double()
+    y = predict(model, x).argmax(dim=1)
+    seen: list[Tensor] = []
+
+    def recording(logits: Tensor, labels: Tensor) -> Tensor:
+        loss = attacks.cross_entropy(logits, labels)
+        seen.append(loss.detach())
+        return loss
+
+    threat = ThreatModel("linf", 1 / 255)
+    x_adv = attacks.apgd_ce(model, x, y, threat, objective=recording, steps=12, early_stop=False)
+    final = attacks.cross_entropy(predict(model, x_adv), y)
+    torch.testing.assert_close(final, torch.stack(seen).amax(dim=0), atol=1e-9, rtol=0)
+    assert len(seen) == 13  # the start and every iterate
+
+
+def test_pgd_from_init_takes_the_given_start(tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
+    init = torch.full_like(images, 0.5)  # far outside: projected first
+    threat = ThreatModel("linf", 1 / 255, step_size=1e-12, steps=1)
+    x_adv = attacks.pgd(tiny_model, images, labels, threat, init=init, early_stop=False)
+    torch.testing.assert_close(x_adv, (images + 1 / 255).clamp(max=1), atol=1e-6, rtol=0)
+
+
+def test_full_fp32_is_restored() -> None:
+    knob = torch.backends.cuda.matmul
+    before = knob.fp32_precision
+    with full_fp32():
+        assert knob.fp32_precision == "ieee"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            pass
+    assert knob.fp32_precision == before
+    with torch.autocast("cpu", dtype=torch.bfloat16), full_fp32():
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_frozen_restores_after_an_error(tiny_model: ZeroShotClassifier) -> None:
+    tiny_model.train()
+    with pytest.raises(RuntimeError, match="stop"), frozen(tiny_model):
+        assert not tiny_model.tower.training and not any(p.requires_grad for p in tiny_model.parameters())
+        raise RuntimeError("stop")
+    assert tiny_model.tower.training and all(p.requires_grad for p in tiny_model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": lambda x: x * 255}, "x has values in .*divide by 255"),
+        ({"x": lambda x: (x * 255).byte()}, "dtype torch.uint8.*divide by 255"),
+        ({"x": lambda x: x[0]}, r"x has shape .*x\[None\]"),
+        ({"x": lambda x: x[:, :1]}, "1 channels.*3 are expected"),
+        ({"x": lambda x: x[:0]}, "empty batch"),
+        ({"x": lambda x: x.masked_fill(x > 0.5, float("nan"))}, "NaN"),
+        ({"y": lambda y: y.float()}, "dtype torch.float32"),
+        ({"y": lambda y: y + 10}, r"labels in .*\[0, 9\]"),
+        ({"y": lambda y: y - 20}, r"labels in .*\[0, 9\]"),
+        ({"y": lambda y: y[:3]}, "3 labels for 12 images"),
+        ({"y": lambda y: torch.eye(10)[y]}, "dtype torch.float32"),
+    ],
+)
+@pytest.mark.parametrize("name", NATIVE)
+def test_bad_input_is_named_before_any_forward(
+    name: str,
+    change: dict[str, Callable[[Tensor], Tensor]],
+    message: str,
+    tiny_model: ZeroShotClassifier,
+    images: Tensor,
+    labels: Tensor,
+) -> None:
+    given = {"x": images, "y": labels}
+    given |= {key: function(given[key]) for key, function in change.items()}
+    ran: list[int] = []
+    tiny_model.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(UsageError, match=message):
+        attacks.run(name, tiny_model, given["x"], given["y"], THREATS[0])
+    assert not ran
+
+
+def test_unknown_names_are_answered_with_the_nearest(
+    tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    with pytest.raises(UsageError, match="attack 'pdg' is unknown; did you mean 'pgd'"):
+        attacks.run("pdg", tiny_model, images, labels, THREATS[0])
+    with pytest.raises(UsageError, match="option of attack 'pgd' 'objectiv' is unknown; did you mean 'objective'"):
+        attacks.run("pgd", tiny_model, images, labels, THREATS[0], objectiv="ce")
+    with pytest.raises(UsageError, match="objective 'cd' is unknown"):
+        attacks.run("pgd", tiny_model, images, labels, THREATS[0], objective="cd")
+
+
+def test_non_finite_logits_stop_and_name_the_images(
+    tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    class Breaks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = tiny_model(x)
+            return logits.masked_fill((torch.arange(len(x)) == 2)[:, None], float("nan"))
+
+    with pytest.raises(UsageError, match=r"ids 102"):
+        attacks.pgd(Breaks(), images, labels, THREATS[0], ids=torch.arange(100, 112))
+
+
+def test_a_model_that_returns_no_logits_is_refused(images: Tensor, labels: Tensor) -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    with pytest.raises(UsageError, match="model returned tuple"):
+        attacks.pgd(Pair(), images, labels, THREATS[0])
