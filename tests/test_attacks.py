@@ -95,9 +95,7 @@ def test_projection_is_in_ball_and_box_and_leaves_inner_points(seed: int, norm: 
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_attack_beats_random_noise(
-    name: str, tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
-) -> None:
+def test_attack_beats_random_noise(name: str, tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
     threat = ThreatModel("linf", 8 / 255, steps=10)
     x_adv = attacks.run(name, tiny_model, images, labels, threat, **({"steps": 20} if name == "apgd-ce" else {}))
     noisy = project(BALLS["linf"], images, images + torch.randn_like(images), threat.eps)
@@ -143,9 +141,7 @@ def test_neighbours_order_and_batch_size_do_not_matter(
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_class_order_does_not_matter(
-    name: str, make_model: Callable[..., ZeroShotClassifier], images: Tensor
-) -> None:
+def test_class_order_does_not_matter(name: str, make_model: Callable[..., ZeroShotClassifier], images: Tensor) -> None:
     model, x = make_model(dtype=torch.float64), images.double()
     y = predict(model, x).argmax(dim=1)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
@@ -166,17 +162,13 @@ def test_few_classes(name: str, classes: int, make_model: Callable[..., ZeroShot
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_eps_zero_returns_the_images(
-    name: str, tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
-) -> None:
+def test_eps_zero_returns_the_images(name: str, tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
     x_adv = attacks.run(name, tiny_model, images, labels, ThreatModel("linf", 0.0))
     assert torch.equal(x_adv, images) and x_adv.data_ptr() != images.data_ptr()
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_nothing_is_left_behind(
-    name: str, tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
-) -> None:
+def test_nothing_is_left_behind(name: str, tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
     tiny_model.train()
     tiny_model.tower.ln_post.eval()  # a part kept in eval on purpose stays so
     frozen_weight = next(tiny_model.parameters()).requires_grad_(False)
@@ -204,9 +196,7 @@ def test_one_channel_images() -> None:
     assert x_adv.shape == x.shape and (x_adv.mean((1, 2, 3)) < 0.5).all()
 
 
-def test_restarts_go_on_with_the_unbroken_only(
-    tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
-) -> None:
+def test_restarts_go_on_with_the_unbroken_only(tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
     passes: list[int] = []
     tiny_model.tower.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
     one = attacks.pgd(tiny_model, images, labels, ThreatModel("linf", 0.5 / 255, steps=3))
@@ -265,7 +255,7 @@ def test_apgd_checkpoints_of_the_paper() -> None:
 
 
 def test_apgd_halves_the_step_when_it_stalls() -> None:
-    # At an optimum reached at once the loss cannot rise, so every checkpoint halves eta: 2 eps / 2^(checkpoints passed).
+    # A loss that cannot rise halves eta at every checkpoint: 2 eps / 2^(checkpoints passed).
     from clipdefense.attacks.apgd import _APGD
 
     method = _APGD(BALLS["linf"], 0.1, 10, seed=0, stream=0, alpha=0.75, rho=0.75)

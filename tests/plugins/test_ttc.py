@@ -117,9 +117,7 @@ def test_passes_equal_theory(
         assert (passes.forward, passes.backward) == (forwards * n, backwards * n)
 
 
-def test_reference_tower_measures_the_drift(
-    make_model: Callable[..., cd.ZeroShotClassifier], images: Tensor
-) -> None:
+def test_reference_tower_measures_the_drift(make_model: Callable[..., cd.ZeroShotClassifier], images: Tensor) -> None:
     model, reference = make_model(), make_model()
     with torch.no_grad():
         for weight in model.tower.parameters():
@@ -141,7 +139,9 @@ def test_reference_tower_measures_the_drift(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_stays_in_ball_and_box(dtype: torch.dtype, make_model: Callable[..., cd.ZeroShotClassifier], images: Tensor) -> None:
+def test_stays_in_ball_and_box(
+    dtype: torch.dtype, make_model: Callable[..., cd.ZeroShotClassifier], images: Tensor
+) -> None:
     ttc = TTC(make_model(dtype=dtype), eps=8 / 255, step_size=4 / 255, steps=4, threshold=1e9)
     x = images.to(dtype)
     delta = ttc.perturbation(x)
@@ -250,7 +250,13 @@ class TestART:
         for attack in (
             ProjectedGradientDescent(classifier, eps=0.03, eps_step=0.01, max_iter=2, verbose=False),
             AutoProjectedGradientDescent(
-                classifier, eps=0.03, eps_step=0.06, max_iter=2, nb_random_init=1, loss_type="cross_entropy", verbose=False
+                classifier,
+                eps=0.03,
+                eps_step=0.06,
+                max_iter=2,
+                nb_random_init=1,
+                loss_type="cross_entropy",
+                verbose=False,
             ),
         ):
             x_adv = attack.generate(x, y)
