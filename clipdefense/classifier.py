@@ -7,6 +7,8 @@ Everything that defines the classifier (resize, normalisation, dtype, tower, cla
 from __future__ import annotations
 
 import difflib
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,6 +46,8 @@ class EmbeddingTable:
             raise UsageError(
                 f"embeddings has {len(embeddings)} rows for {len(names)} names; one row a name is expected."
             )
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise UsageError(f"names contains {repeated[0]!r} more than once; the names of stored embeddings differ.")
         self.names = tuple(names)
         self.embeddings = embeddings.detach().clone()
         self._row = {name: row for row, name in enumerate(self.names)}
@@ -85,6 +89,8 @@ class ClassHead(nn.Module):
     ) -> None:
         super().__init__()
         self.names = check_class_names(names)
+        if not isinstance(embeddings, Tensor):
+            raise UsageError(f"class_embeddings is a {type(embeddings).__name__}; a torch tensor is expected.")
         if embeddings.dim() != 2 or len(embeddings) != len(self.names):
             raise UsageError(
                 f"class_embeddings has shape {tuple(embeddings.shape)}; "
@@ -92,29 +98,35 @@ class ClassHead(nn.Module):
             )
         if not torch.isfinite(embeddings).all() or (embeddings.norm(dim=1) == 0).any():
             raise UsageError("class_embeddings contains NaN, infinite or zero rows; finite non-zero ones are expected.")
-        if not scale > 0:
+        if not 0 < scale < math.inf:
             raise UsageError(f"logit_scale is {scale}; a positive number is expected (100 for OpenAI's CLIP).")
         self.transform = transform
         self.register_buffer("embeddings", embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32)))
         self.register_buffer("scale", torch.tensor(float(scale), dtype=self.embeddings.dtype))
         self.register_buffer("anchors", self._anchors(), persistent=False)
+        self.register_load_state_dict_post_hook(_renew_anchors)  # runs once the transform has its weights too
 
     def _anchors(self) -> Tensor:
         with torch.no_grad():
             mapped = self.embeddings if self.transform is None else self.transform(self.embeddings)
-            return F.normalize(mapped, dim=1)
+            return F.normalize(mapped.to(torch.promote_types(mapped.dtype, torch.float32)), dim=1)
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(N, D) image embeddings -> (N, C) logits, float32, or float64 for float64 embeddings."""
         unit = F.normalize(embedding, dim=1)
         return self.scale.to(unit.dtype) * unit @ self.anchors.to(unit.dtype).T
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.anchors = self._anchors()
+    def _apply(self, *args: Any, **kwargs: Any) -> ClassHead:
+        super()._apply(*args, **kwargs)
+        self.anchors = self._anchors()  # a cast of the old ones would keep the old precision, or lose some
+        return self
 
     def extra_repr(self) -> str:
         return f"classes={len(self.names)}, dim={self.embeddings.shape[1]}, scale={float(self.scale):g}"
+
+
+def _renew_anchors(head: ClassHead, _: Any) -> None:
+    head.anchors = head._anchors()
 
 
 class ZeroShotClassifier(nn.Module):
@@ -187,6 +199,13 @@ class ZeroShotClassifier(nn.Module):
         """The tower's parameter dtype, to which inputs are cast."""
         return next((p.dtype for p in self.tower.parameters() if p.is_floating_point()), torch.float32)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> ZeroShotClassifier:
+        mean, std = self.mean, self.std
+        super()._apply(*args, **kwargs)
+        # half precision is the tower's business: pixels are normalised with the exact statistics
+        self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        return self
+
     def preprocess(self, x: Tensor) -> Tensor:
         """Resize (bicubic, no antialias, no clamp) and normalise, in at least float32; then the tower's dtype.
 
@@ -235,7 +254,7 @@ class ZeroShotClassifier(nn.Module):
         """
         names = check_class_names(names)
         encoder = self.class_encoder or EmbeddingTable(self.head.names, self.head.embeddings)
-        return ZeroShotClassifier(
+        other = ZeroShotClassifier(
             self.tower,
             encoder(names).to(self.device),
             class_names=names,
@@ -246,4 +265,7 @@ class ZeroShotClassifier(nn.Module):
             transform=self.head.transform,
             class_encoder=self.class_encoder,
             source=self.source,
-        ).train(self.training)
+        )
+        # train() would change the modes of the tower, which is shared
+        other.training, other.head.training = self.training, self.head.training
+        return other

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipdefense.errors import UsageError
+from clipdefense.errors import UsageError, unknown_name
 from clipdefense.plugins import KINDS, registry
 
 if TYPE_CHECKING:
     from clipdefense.classifier import ZeroShotClassifier
     from clipdefense.data import ImageDataset
-    from clipdefense.defenses import TestTimeDefense
-
-app = typer.Typer(
-    help="Adversarial defences for CLIP-style zero-shot classifiers, and an evaluation that can be believed.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="plugin:name[@weights], e.g. open_clip:ViT-B-32-quickgelu@openai.")
+    str,
+    typer.Option("--model", "-m", help="plugin:name or plugin:name@weights, e.g. open_clip:ViT-B-32-quickgelu@openai."),
 ]
 Data = Annotated[str, typer.Option("--data", "-d", help="plugin:name, e.g. torchvision:cifar10 or npz:images.npz.")]
 Count = Annotated[int | None, typer.Option("--n", min=1, help="Number of images, drawn evenly over the classes.")]
@@ -37,7 +32,7 @@ Split = Annotated[str | None, typer.Option("--split", help="train or test, where
 Size = Annotated[int | None, typer.Option("--size", min=1, help="Resize and crop to this side; native otherwise.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Options = Annotated[
-    list[str] | None, typer.Option("--option", "-o", help="key=value for the defence or method; may be repeated.")
+    list[str] | None, typer.Option("--option", "-o", help="key=value for the defence or method. Repeatable.")
 ]
 
 
@@ -75,30 +70,45 @@ def _load(
 
     given = {"split": split, "size": size}
     images = load_dataset(data, **{key: value for key, value in given.items() if value is not None})
-    if n is not None and n < len(images):
+    if n is not None:
         images = images.sample(n, seed=seed)
     return load_model(model, classes=images.classes).to(device), images
 
 
 def _construct(cls: Any, name: str, *args: Any, **options: Any) -> Any:
     """Build a defence from options that a user typed: a misspelt one is the user's mistake, not a crash."""
-    import inspect
-
-    from clipdefense.errors import unknown_name
-
     parameters = inspect.signature(cls.__init__).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for option in options:
             if option not in known:
                 raise unknown_name(f"option of {name!r}", option, known)
-    return cls(*args, **options)
+    try:
+        return cls(*args, **options)
+    except TypeError as error:
+        if not options:
+            raise
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise UsageError(f"{name!r} cannot use the options {given}: {error}.") from error
 
 
-@app.command()
+def _kind(name: str, kind: str) -> Any:
+    """The class of a test-time or a trainer defence; one of the other kind is the user's mistake."""
+    from clipdefense.defenses import TestTimeDefense, TrainerDefense
+    from clipdefense.plugins import get_defense
+
+    cls = get_defense(name)
+    if kind == "test-time" and not issubclass(cls, TestTimeDefense):
+        raise UsageError(f"{name!r} is not a test-time defence; `clipdefense train --method {name}` trains with it.")
+    if kind == "trainer" and not issubclass(cls, TrainerDefense):
+        raise UsageError(f"{name!r} trains nothing; `clipdefense evaluate --defense {name}` judges it.")
+    return cls
+
+
 def plugins() -> None:
     """List what is installed: models, defences, attacks, data sets, commands, and plugins that failed."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -111,23 +121,28 @@ def plugins() -> None:
             notes += [f"not installed: pip install '{c.install or ' '.join(c.missing)}'" for c in claims if c.missing]
             notes += [f"known unsound: {c.known_unsound}" for c in claims if c.known_unsound]
             takes_more = kind in ("models", "datasets")
-            table.add_row(
-                f"{name}:..." if takes_more else name, ", ".join(c.distribution for c in claims), "; ".join(notes)
+            cells = (
+                f"{name}:..." if takes_more else name,
+                ", ".join(c.distribution for c in claims),
+                "; ".join(filter(None, notes)),
             )
+            table.add_row(*map(escape, cells))
         if table.row_count:
             console.print(table)
     for plugin in found.plugins:
+        title = f"plugin {plugin.name!r} of {plugin.distribution}"
         if plugin.error:
-            console.print(f"[red]failed[/red]: plugin {plugin.name!r} of {plugin.distribution}: {plugin.error}")
+            console.print(f"[red]failed[/red]: {escape(f'{title}: {plugin.error}')}", soft_wrap=True)
+        elif not plugin.contributions:
+            console.print(f"[red]empty[/red]: {escape(title)} registers nothing", soft_wrap=True)
 
 
-@app.command()
 def evaluate(
     model: Model,
     data: Data,
     attack: Annotated[
         list[str] | None,
-        typer.Option("--attack", "-a", help="name[,key=value...], e.g. pgd,steps=100,objective=margin. Repeatable."),
+        typer.Option("--attack", "-a", help="A name, and options: pgd,steps=100,objective=margin. Repeatable."),
     ] = None,
     eps: Eps = "1/255",
     norm: NormName = "linf",
@@ -141,8 +156,8 @@ def evaluate(
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 128,
     device: Device = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the result as JSON here.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", dir_okay=False, help="Write the result as JSON here.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", dir_okay=False, help="Write one HTML page here.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Clean and robust accuracy of a model, or of a test-time defence around it.
@@ -155,52 +170,41 @@ def evaluate(
 
     from clipdefense.evaluation import evaluate as run
     from clipdefense.evaluation import report
-    from clipdefense.plugins import get_defense
+    from clipdefense.evaluation.runner import parse_attacks
     from clipdefense.threat import ThreatModel, parse_eps
 
     threat = ThreatModel(norm, parse_eps(eps))  # type: ignore[arg-type]
+    specs = parse_attacks(attack or ("pgd,steps=10", "apgd-ce"), threat)
     target = _device(device)
     if option and defense is None:
         raise UsageError("--option is for a defence; name one with --defense, or put attack options behind --attack.")
-    cls = None if defense is None else get_defense(defense)
+    cls = None if defense is None else _kind(defense, "test-time")
     classifier, images = _load(model, data, n, seed, split, size, target)
-    chosen: TestTimeDefense | None = (
-        None if cls is None else _construct(cls, str(defense), classifier, **_options(option))
-    )
-    x, y = images.tensors()
-    console = Console(stderr=True, quiet=quiet)
-    with console.status("loading") as status:
-        result = run(
-            classifier,
-            x.to(target),
-            y.to(target),
-            threat,
-            attacks=attack or ["pgd,steps=10", "apgd-ce"],
-            defense=chosen,
-            name=defense or model,
-            eot=eot,
-            verdict_seeds=verdict_seeds,
-            seed=seed,
-            batch_size=batch_size,
-            progress=status.update,
-        )
+    chosen = None if cls is None else _construct(cls, str(defense), classifier, **_options(option))
+    title = defense or model
+    settings: dict[str, Any] = {"eot": eot, "verdict_seeds": verdict_seeds, "seed": seed, "batch_size": batch_size}
+    with Console(stderr=True, quiet=quiet).status("loading") as status:
+        x, y = (tensor.to(target) for tensor in images.tensors())
+        settings |= {"defense": chosen, "name": title, "ids": images.ids, "progress": status.update}
+        result = run(classifier, x, y, threat, attacks=specs, **settings)
     Console().print(report.table([result]))
     if out is not None:
         report.write_json(out, {"data": data, **result.to_dict()})
     if html is not None:
-        summary = [f"{defense or 'no defence'} on {model}, {data}, {len(x)} images."]
-        report.write_html(html, report.Page(f"clipdefense: {defense or model}", summary, [result]))
+        summary = f"{defense or 'no defence'} on {model}, {data}, {len(x)} images."
+        report.write_html(html, report.Page(f"clipdefense: {title}", [summary], [result]))
 
 
-@app.command()
 def train(
     model: Model,
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the hardened weights and checkpoints.")],
-    method: Annotated[str, typer.Option("--method", help="A trainer defence, e.g. tecoa.")] = "tecoa",
-    eps: Eps = "1/255",
-    norm: NormName = "linf",
-    attack_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the inner attack.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", file_okay=False, help="Folder for the hardened weights and checkpoints.")
+    ],
+    method: Annotated[str, typer.Option("--method", help="A trainer defence, e.g. tecoa.")],
+    eps: Annotated[str | None, typer.Option(help="Radius of the inner attack; the method's own if not given.")] = None,
+    norm: Annotated[str | None, typer.Option(help="linf or l2; the method's own if not given.")] = None,
+    attack_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the inner attack; likewise.")] = None,
     variant: Annotated[str, typer.Option(help="default, or released: what the released code computes.")] = "default",
     option: Options = None,
     n: Count = None,
@@ -212,46 +216,90 @@ def train(
 ) -> None:
     """Fine-tune an image tower with a trainer defence, and write it as safetensors.
 
-    Options are fields of the training configuration: --option epochs=2 --option lr=1e-5. Example:
+    Options are fields of the training configuration: --option epochs=2 --option lr=1e-5. A run that was interrupted
+    goes on with --option resume=true. Example:
 
-    clipdefense train -m open_clip:ViT-B-32-quickgelu@openai -d folder:photos --out hardened --option epochs=2
+    clipdefense train --method tecoa -m open_clip:ViT-B-32-quickgelu@openai -d folder:photos --out hardened -o epochs=2
     """
     from dataclasses import replace
 
     from rich.console import Console
 
-    from clipdefense.plugins import get_defense
     from clipdefense.threat import ThreatModel, parse_eps
-    from clipdefense.training.checkpoint import save_model
+    from clipdefense.training.state import MODEL_FILE
 
-    cls = get_defense(method)
-    threat = ThreatModel(norm, parse_eps(eps))  # type: ignore[arg-type]
+    cls = _kind(method, "trainer")
+    given = {"norm": norm, "eps": None if eps is None else parse_eps(eps), "steps": attack_steps}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if changes:
+        ThreatModel(**{"norm": "linf", "eps": 0.0, **changes})  # a mistake shows before anything is loaded
+        changes["step_size"] = None  # the method's own goes with its own radius and steps
+    settings = {"checkpoint": str(out), "seed": seed, "show_progress": not quiet, **_options(option)}
     classifier, images = _load(model, data, n, seed, split, size, _device(device))
-    settings = {"seed": seed, "show_progress": not quiet, **_options(option)}
     trainer = _construct(cls, method, classifier, variant=variant, **settings)
-    steps = attack_steps if attack_steps is not None else trainer.threat.steps
-    trainer.threat = replace(threat, steps=steps)
+    trainer.threat = replace(trainer.threat, **changes)
     trainer.fit(images)
-    path = out / "model.safetensors"
-    save_model(trainer.model, path, **trainer.record())
-    Console().print(f"wrote {path}")
+    Console().print(f"wrote {out / MODEL_FILE}", soft_wrap=True, markup=False, highlight=False)
+
+
+def application() -> typer.Typer:
+    """The command line: a subcommand for each registered command, the ones of this module and plugins' alike."""
+    app = typer.Typer(
+        help="Adversarial defences for CLIP-style zero-shot classifiers, and an evaluation that can be believed.",
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+    app.callback()(lambda: None)  # without a callback, a lone command would lose its name
+    found = registry()
+    for name in found.names("commands"):
+        try:
+            function = found.find("commands", name).load()
+        except UsageError as error:
+            anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+            app.command(name, help=f"Unusable: {error}", context_settings=anything)(_unusable(error))
+        else:
+            app.command(name)(function)
+    return app
+
+
+def _unusable(error: UsageError) -> Callable[[], None]:
+    """What stands for a command that could not be loaded: the others work, this one says why it does not."""
+
+    def command() -> None:
+        raise error
+
+    return command
 
 
 def main() -> None:
-    """Entry point of ``clipdefense``: a user's mistake is one line and exit code 2."""
+    """Entry point of ``clipdefense``: a user's mistake is one line on stderr and exit code 2."""
     warnings.showwarning = _show_warning
     try:
-        found = registry()
-        for name in found.names("commands"):
-            command = found.find("commands", name)
-            app.command(name, help=command.summary or None)(command.load())
-        app()
-    except UsageError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+        code = application()(args=sys.argv[1:] or ["--help"], prog_name="clipdefense", standalone_mode=False)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise SystemExit(130) from None
+    except Exception as error:
+        message = _mistake(error)
+        if message is None:
+            raise
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        raise SystemExit(2) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _mistake(error: Exception) -> str | None:
+    """What a user did wrong, in words; None for a bug."""
+    if isinstance(error, UsageError):
+        return str(error)
+    if isinstance(error, OSError):  # a file that cannot be read or written
+        return f"{error.strerror}: {error.filename!r}" if error.filename else str(error)
+    parse = getattr(error, "format_message", None)  # typer's own errors; the class has moved between its versions
+    if parse is None:
+        return None
+    command = getattr(getattr(error, "ctx", None), "command_path", "clipdefense")
+    message = parse().rstrip()
+    return f"{message if message.endswith(('.', '?')) else message + '.'} `{command} --help` shows what there is."
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from clipdefense.classifier import ZeroShotClassifier
     from clipdefense.estimator import CLIPClassifier
     from clipdefense.training.config import TrainingConfig
+    from clipdefense.training.state import History
 
 
 @dataclass(frozen=True)
@@ -226,13 +228,19 @@ class TrainerDefense(Trainer):
     care of data, attack, optimiser, schedule, checkpoints and resuming.
 
     Attributes:
+        name: as registered, written into model files.
         threat: the inner attack's budget (``steps`` and ``alpha`` included).
         config: optimiser, schedule, batch size, epochs.
         variant: ``"released"`` computes what the released code computes; ``"default"`` is for use today.
+        history: what the last fit measured, a :class:`clipdefense.training.state.History`; None before.
+        provenance: of the last finished fit: ``training`` (its config) and ``base_weights_sha256``.
     """
 
+    name: ClassVar[str] = ""
     variants: ClassVar[tuple[str, ...]] = ("default",)
     needs_labels: ClassVar[bool] = True
+    history: History | None = None
+    provenance: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -283,7 +291,10 @@ class TrainerDefense(Trainer):
         """Named scalar loss terms; their sum is minimised.
 
         Args:
-            batch: ``x`` clean images, ``x_adv`` the inner attack's, ``y`` labels where the method needs them.
+            batch: ``x`` clean images, ``x_adv`` the inner attack's, ``ids``, ``y`` labels where the method needs them.
+
+        Returns:
+            Scalars, each a mean over the batch (pieces of a batch and processes are averaged).
         """
 
     def attack_objective(self, batch: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -292,29 +303,85 @@ class TrainerDefense(Trainer):
 
         return cross_entropy
 
-    def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """The parameters that train: the whole image tower unless the method says otherwise."""
-        return self.model.tower.parameters()
+    def inner_attack(self, batch: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
+        """What the attack adds to the batch before :meth:`losses`; PGD on :meth:`attack_objective` unless overridden.
 
-    def fit(self, x: Any, y: Any = None, **overrides: Any) -> None:
-        """Train on arrays (N, 3, H, W) in [0, 1] with integer or one-hot labels; overrides are config fields."""
+        Args:
+            batch: ``x``, ``ids`` and, where there are labels, ``y``.
+            seed: of the draws, which the ids key.
+
+        Returns:
+            ``x_adv`` (N, C, H, W) in [0, 1], and whatever else the method's losses read.
+        """
+        from clipdefense.attacks.pgd import pgd
+
+        x_adv = pgd(
+            self.model,
+            batch["x"],
+            batch["y"],
+            self.threat,
+            objective=self.attack_objective(batch),
+            early_stop=False,
+            batch_size=len(batch["x"]),
+            seed=seed,
+            ids=batch["ids"],
+        )
+        return {"x_adv": x_adv}
+
+    def begin(self) -> None:
+        """Called once a fit, with the original weights on the training device; the place to copy a frozen model."""
+
+    def hyper_parameters(self) -> Mapping[str, Any]:
+        """The method's own (weights of terms, temperatures), JSON-ready: for model files, and for a resume to match."""
+        return {}
+
+    def trainable_parameters(self, train: str) -> Iterable[nn.Parameter]:
+        """The parameters that train: the part of the image tower that the config's ``train`` names."""
+        from clipdefense.training.parameters import select_parameters
+
+        return select_parameters(self.model.tower, train)
+
+    def fit(self, x: Any, y: Any = None, validation_data: Any = None, **overrides: Any) -> None:
+        """Train in place.
+
+        Args:
+            x: images (N, C, H, W) in [0, 1], array or tensor; or, without y, a dataset of (image, label) items.
+            y: integer or one-hot labels; None where the method needs none.
+            validation_data: held-out (x, y) of the training distribution, or a dataset, for :attr:`history`.
+            overrides: config fields for this fit; ART's ``nb_epochs`` and ``verbose`` are understood.
+
+        Raises:
+            UsageError: images, labels or options that cannot be used, before any work; a fit that diverged (the
+                weights are the last good ones) or ran out of memory.
+        """
         from clipdefense.training.loop import fit_arrays
 
-        fit_arrays(self, x, y, self.config.override(**_art_names(overrides)))
+        fit_arrays(self, x, y, self.config.override(**_our_names(overrides)), validation_data)
 
-    def fit_generator(self, generator: Any, **overrides: Any) -> None:
-        """Train on an ART ``DataGenerator``; overrides are config fields."""
+    def fit_generator(self, generator: Any, validation_data: Any = None, **overrides: Any) -> None:
+        """Train on an ART ``DataGenerator``; the rest as in :meth:`fit`."""
         from clipdefense.training.loop import fit_generator
 
-        fit_generator(self, generator, self.config.override(**_art_names(overrides)))
+        fit_generator(self, generator, self.config.override(**_our_names(overrides)), validation_data)
 
-    def fit_loader(self, loader: Any, **overrides: Any) -> None:
-        """Train on any iterable of (images, labels) batches, such as a ``DataLoader``; overrides are config fields."""
+    def fit_loader(self, loader: Any, validation_data: Any = None, **overrides: Any) -> None:
+        """Train on any iterable of (images, labels) batches, such as a ``DataLoader``; the rest as in :meth:`fit`."""
         from clipdefense.training.loop import fit_loader
 
-        fit_loader(self, loader, self.config.override(**_art_names(overrides)))
+        fit_loader(self, loader, self.config.override(**_our_names(overrides)), validation_data)
+
+    def record(self) -> dict[str, Any]:
+        """How the model was trained, for :func:`clipdefense.training.save_model`."""
+        return {
+            "method": self.name,
+            "variant": self.variant,
+            "hyper_parameters": dict(self.hyper_parameters()),
+            "threat": asdict(self.threat),
+            **self.provenance,
+        }
 
 
-def _art_names(overrides: dict[str, Any]) -> dict[str, Any]:
-    """ART calls it ``nb_epochs``; the rest has the same name."""
-    return {{"nb_epochs": "epochs"}.get(name, name): value for name, value in overrides.items()}
+def _our_names(overrides: dict[str, Any]) -> dict[str, Any]:
+    """ART's names for two config fields; the rest has the same name."""
+    ours = {"nb_epochs": "epochs", "verbose": "show_progress"}
+    return {ours.get(name, name): value for name, value in overrides.items()}

@@ -6,6 +6,7 @@ is reported by name and skipped, and a name that two plugins claim is an error f
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -41,32 +42,46 @@ class Contribution:
     @property
     def missing(self) -> tuple[str, ...]:
         """Required packages that are not installed."""
-        return tuple(name for name in self.requires if importlib.util.find_spec(name) is None)
+        return tuple(name for name in self.requires if not _installed(name))
 
     def load(self) -> Any:
-        """Import the target; a missing optional package is a :class:`MissingPackageError` that says what to install."""
+        """Import the target.
+
+        Raises:
+            MissingPackageError: an optional package is not installed; it says what to install.
+            UsageError: the plugin's own code cannot be imported; it names the plugin, and the cause is chained.
+        """
         if self.missing:
             raise self._not_installed(", ".join(self.missing))
         module_name, _, attribute = self.target.partition(":")
         try:
-            module = importlib.import_module(module_name)
+            return getattr(importlib.import_module(module_name), attribute)
         except ModuleNotFoundError as error:
-            if error.name and not module_name.startswith(error.name):
-                raise self._not_installed(error.name) from error
-            raise
-        try:
-            return getattr(module, attribute)
-        except AttributeError as error:
-            raise UsageError(
-                f"plugin {self.plugin!r} of {self.distribution} registers {self.name!r} as {self.target!r}, "
-                f"but {module_name} has no attribute {attribute!r}; report it to the plugin's author."
-            ) from error
+            package = (error.name or "").partition(".")[0]
+            if package and package != module_name.partition(".")[0]:
+                raise self._not_installed(package) from error
+            raise self._broken(error) from error
+        except Exception as error:
+            raise self._broken(error) from error
 
     def _not_installed(self, packages: str) -> MissingPackageError:
         return MissingPackageError(
             f"{self.name!r} (plugin {self.plugin!r}) needs {packages}, which is not installed: "
             f"pip install '{self.install or packages}'"
         )
+
+    def _broken(self, error: Exception) -> UsageError:
+        return UsageError(
+            f"plugin {self.plugin!r} of {self.distribution} registers {self.name!r} as {self.target!r}, which cannot "
+            f"be imported ({type(error).__name__}: {error}); report it to the plugin's author."
+        )
+
+
+def _installed(package: str) -> bool:
+    """Whether a package, such as ``"a"`` or ``"a.b"``, can be found without importing it (or its parent, if any)."""
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.util.find_spec(package) is not None
+    return False
 
 
 @dataclass(frozen=True)
@@ -98,18 +113,22 @@ class Registry:
         """
         claims = self.by_name.get((kind, name), [])
         if not claims:
-            singular = kind[:-1].replace("defense", "defence")
-            raise unknown_name(singular, name, self.names(kind), "`clipdefense plugins` lists them all.")
+            raise unknown_name(_singular(kind), name, self.names(kind), "`clipdefense plugins` lists them all.")
         if len(claims) > 1:
             raise UsageError(_conflict(claims))
         return claims[0]
 
 
+def _singular(kind: str) -> str:
+    """``"defenses"`` -> ``"defence"``, as messages spell it."""
+    return kind[:-1].replace("defense", "defence")
+
+
 def _conflict(claims: list[Contribution]) -> str:
     owners = " and ".join(f"{c.distribution} (plugin {c.plugin!r})" for c in claims)
     return (
-        f"the {claims[0].kind[:-1]} name {claims[0].name!r} is claimed by {owners}; uninstall one of them, or list the "
-        "plugins to keep in CLIPDEFENSE_PLUGINS."
+        f"the {_singular(claims[0].kind)} name {claims[0].name!r} is claimed by {owners}; uninstall one of them, or "
+        "list the plugins to keep in CLIPDEFENSE_PLUGINS."
     )
 
 
@@ -120,10 +139,25 @@ def _contributions(
     found: list[Contribution] = []
     for kind in KINDS:
 
-        def register(entry: str, target: str, *, _kind: str = kind, **fields: Any) -> None:
-            if ":" not in target:
+        def register(
+            entry: str,
+            target: str,
+            *,
+            summary: str = "",
+            requires: tuple[str, ...] = (),
+            install: str = "",
+            known_unsound: str = "",
+            _kind: str = kind,
+        ) -> None:
+            if not all(target.partition(":")):
                 raise UsageError(f"target {target!r} of {entry!r} is not of the form 'package.module:attribute'.")
-            found.append(Contribution(_kind, entry, target, name, owner, **fields))
+            if isinstance(requires, str):
+                raise UsageError(
+                    f"requires of {entry!r} is the string {requires!r}; a tuple of import names is expected."
+                )
+            found.append(
+                Contribution(_kind, entry, target, name, owner, summary, tuple(requires), install, known_unsound)
+            )
 
         others = [other for other in manager.get_plugins() if other is not plugin]
         manager.subset_hook_caller(f"register_{kind}", remove_plugins=others)(register=register)
@@ -132,7 +166,8 @@ def _contributions(
 
 def _admit(manager: pluggy.PluginManager, plugin: ModuleType, name: str, owner: str) -> tuple[Contribution, ...]:
     """Register a hook module; raises (and leaves the manager as it was) for a misspelt hook or a bad argument."""
-    manager.register(plugin, name)
+    # two distributions may give their entry points the same name
+    manager.register(plugin, f"{name} of {owner}")
     try:
         manager.check_pending()
         return _contributions(manager, plugin, name, owner)
@@ -147,9 +182,9 @@ def _load_entry_point(manager: pluggy.PluginManager, point: EntryPoint, strict: 
     try:
         return PluginInfo(point.name, owner, version, _admit(manager, point.load(), point.name, owner))
     except Exception as error:
-        if strict:
-            raise
         reason = f"{type(error).__name__}: {error}"
+        if strict:
+            raise UsageError(f"plugin {point.name!r} of {owner} cannot be loaded: {reason}") from error
         warnings.warn(f"plugin {point.name!r} of {owner} is skipped: {reason}", stacklevel=2)
         return PluginInfo(point.name, owner, version, error=reason)
 
@@ -164,7 +199,7 @@ def discover() -> Registry:
 
     native = importlib.import_module("clipdefense.native")
     plugins = [PluginInfo("core", "clipdefense", "", _admit(manager, native, "core", "clipdefense"))]
-    points = sorted(entry_points(group=hookspecs.PROJECT), key=lambda point: point.name)
+    points = sorted(entry_points(group=hookspecs.PROJECT), key=lambda point: (point.name, point.value))
     if wanted is not None and (missing := wanted - {point.name for point in points}):
         raise unknown_name("CLIPDEFENSE_PLUGINS entry", sorted(missing)[0], {point.name for point in points})
     plugins += [_load_entry_point(manager, point, strict) for point in points if wanted is None or point.name in wanted]
@@ -196,10 +231,9 @@ def split_spec(kind: str, spec: str) -> tuple[Contribution, str]:
         UsageError: no colon, nothing behind it, or an unknown plugin.
     """
     prefix, colon, rest = spec.partition(":")
-    singular = kind[:-1]
     if not colon or not rest:
-        known = ", ".join(f"{name}:..." for name in registry().names(kind))
-        raise UsageError(f"{singular} {spec!r} is not of the form 'plugin:name'; installed: {known}.")
+        known = ", ".join(f"{name}:..." for name in registry().names(kind)) or "none"
+        raise UsageError(f"{_singular(kind)} {spec!r} is not of the form 'plugin:name'; installed: {known}.")
     return registry().find(kind, prefix), rest
 
 

@@ -67,21 +67,22 @@ def _check_radius(name: str, value: float, norm: str, *, minimum_open: bool) -> 
 
 
 def parse_eps(text: str) -> float:
-    """``"1/255"``, ``"0.0039"`` or ``"0"`` as a float.
+    """``"1/255"``, ``"0.5/255"``, ``"0.0039"`` or ``"0"`` as the nearest float.
 
     Raises:
         UsageError: the text is neither a number nor a fraction of two.
     """
+    parts = text.replace(" ", "").split("/")
     try:
-        return float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
+        numerator, denominator = (Fraction(part) for part in (parts if len(parts) > 1 else (*parts, "1")))
+        return float(numerator / denominator)
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise UsageError(f"eps {text!r} is not a number; write it as 1/255 or 0.0039.") from None
 
 
 def format_eps(eps: float) -> str:
-    """``1/255`` for a multiple of 1/255 (halves too), else four significant digits."""
-    scaled = eps * 255
-    for scale in (1, 2):
-        if abs(scaled * scale - round(scaled * scale)) < 1e-6:
-            return f"{round(scaled * scale) / scale:g}/255" if eps else "0"
+    """``1/255`` for a multiple of 1/255 (halves too), ``0.5`` for one of 0.1, else four significant digits."""
+    halves = eps * 510
+    if abs(eps * 10 - round(eps * 10)) > 1e-9 and abs(halves - round(halves)) < 1e-6:
+        return f"{round(halves) / 2:g}/255"
     return f"{eps:.4g}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -76,3 +79,39 @@ def data_folder() -> Path:
 def make_model() -> Callable[..., ZeroShotClassifier]:
     """``make_tiny_model(classes=10, quick_gelu=True, dtype=torch.float32)`` for tests that need another shape of it."""
     return make_tiny_model
+
+
+@contextmanager
+def _untouched(model: torch.nn.Module) -> Iterator[None]:
+    model.train()
+    next(iter(model.children())).eval()
+    weights = list(model.parameters())
+    weights[0].requires_grad_(False)
+    weights[1].grad = torch.ones_like(weights[1])
+    random.seed(987)
+    np.random.seed(987)  # noqa: NPY002 - the generator that other libraries draw from
+    torch.manual_seed(987)
+
+    def state() -> tuple[object, ...]:
+        return (
+            [part.training for part in model.modules()],
+            [weight.requires_grad for weight in weights],
+            [None if weight.grad is None else weight.grad.tolist() for weight in weights],
+            random.getstate(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
+            torch.get_rng_state().tolist(),
+        )
+
+    before = state()
+    yield
+    assert state() == before
+
+
+@pytest.fixture
+def untouched() -> Callable[[torch.nn.Module], AbstractContextManager[None]]:
+    """``with untouched(model)``: the block may change no mode, ``requires_grad``, ``.grad`` or global generator.
+
+    The model enters in train mode but for its first child, with its first weight frozen and a gradient on its second,
+    so that a blanket ``train()``, ``requires_grad_()`` or ``zero_grad()`` shows.
+    """
+    return _untouched

@@ -111,6 +111,7 @@ def run(
     Returns:
         (N, C, H, W) adversarial images, detached, on x's device and in its dtype.
     """
+    y = y.long()  # what cross-entropy and gather take
     with attack_mode(model):
         result = x.detach().clone()  # in here: a clone made under inference mode could not be written to
         for indices in torch.arange(len(x), device=x.device).split(UNIT):

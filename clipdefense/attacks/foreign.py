@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clipdefense.attacks import engine
-from clipdefense.attacks.context import predict
+from clipdefense.attacks.context import attack_mode, predict
 from clipdefense.attacks.norms import per_image
 from clipdefense.checks import check_labels
 from clipdefense.errors import UsageError, unknown_name
@@ -37,6 +37,20 @@ def global_seed(seed: int) -> Iterator[None]:
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])  # noqa: NPY002
+
+
+@contextmanager
+def lent(model: nn.Module, seed: int) -> Iterator[None]:
+    """The model as attacks need it and the global generators seeded; modes, gradients and generators then restored."""
+    gradients = [(weight, weight.grad) for weight in model.parameters()]
+    try:
+        for weight, _ in gradients:
+            weight.grad = None  # taken away, since an attack may zero them in place
+        with attack_mode(model), global_seed(seed):
+            yield
+    finally:
+        for weight, gradient in gradients:
+            weight.grad = gradient
 
 
 def constructor_options(attack: type, *positional: str) -> set[str]:

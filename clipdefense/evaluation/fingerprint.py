@@ -67,6 +67,7 @@ def fingerprint(model: nn.Module, **settings: Any) -> dict[str, Any]:
         "classes": None if names is None else len(names),
         "class_names_sha256": None if names is None else hashlib.sha256("\n".join(names).encode()).hexdigest(),
         "image_size": getattr(model, "image_size", None),
+        **{name: getattr(model, name).flatten().tolist() for name in ("mean", "std") if hasattr(model, name)},
         "dtype": str(getattr(model, "dtype", next((p.dtype for p in model.parameters()), None))),
         "device": str(getattr(model, "device", next((p.device for p in model.parameters()), "cpu"))),
         "verdicts": "float32, TF32 off",

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -50,7 +50,8 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
             label = evaluation.name if index == 0 else ""
             seeds = len(row.correct)
             n = f"{evaluation.n}" + (f" x {seeds} seeds" if seeds > 1 else "")
-            shown.add_row(label, attack, row.attacked, n, percent(row), style="bold" if bottom else None)
+            cells = map(escape, (label, attack, row.attacked, n, percent(row)))
+            shown.add_row(*cells, style="bold" if bottom else None)
         shown.add_section()
     return shown
 
@@ -58,17 +59,15 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # not mkstemp, whose files nobody else may read
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -144,7 +143,7 @@ def _draw_curves(curves: Sequence[Curve]) -> Figure:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 

@@ -10,7 +10,6 @@ import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clipdefense.attacks.context import check_finite, predict
-from clipdefense.checks import check_images, check_labels
+from clipdefense.attacks.engine import prepare
 from clipdefense.defenses import TestTimeDefense, ViewModule
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.evaluation.fingerprint import fingerprint
 from clipdefense.evaluation.statistics import Interval, wilson
 from clipdefense.plugins import get_attack
-from clipdefense.threat import ThreatModel
+from clipdefense.threat import ThreatModel, parse_eps
 
 UNDEFENDED = "the model itself"
 TRANSFER = "transfer from the undefended model"
@@ -88,11 +87,25 @@ class AttackSpec:
         return attack, replace(threat, **changed), passed
 
 
+def parse_attacks(attacks: Sequence[str | AttackSpec], threat: ThreatModel) -> list[AttackSpec]:
+    """The attacks as specs, each known to exist and to have its options.
+
+    Raises:
+        UsageError: none, or one that does not.
+    """
+    specs = [spec if isinstance(spec, AttackSpec) else AttackSpec.parse(spec) for spec in attacks]
+    if not specs:
+        raise UsageError("attacks is empty; at least one attack is expected, such as 'pgd'.")
+    for spec in specs:
+        spec.bind(threat)
+    return specs
+
+
 def literal(text: str) -> Any:
     """A typed value: a whole number, a number, a fraction such as 4/255, true, false, none, else the text itself."""
-    kinds: tuple[Callable[[str], Any], ...] = (int, float, lambda fraction: float(Fraction(fraction)))
+    kinds: tuple[Callable[[str], Any], ...] = (int, float, parse_eps)
     for kind in kinds:
-        with contextlib.suppress(ValueError, ZeroDivisionError):
+        with contextlib.suppress(ValueError):
             return kind(text)
     return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
@@ -223,18 +236,12 @@ def evaluate(
     Raises:
         UsageError: bad images, labels, attacks or options, before anything runs.
     """
-    channels = getattr(getattr(model, "mean", None), "shape", (0, None))[1]
-    check_images(x, channels=channels)
-    classes = getattr(model, "class_names", None)
-    check_labels(y, len(x), classes=None if classes is None else len(classes))
-    if verdict_seeds < 1 or (eot is not None and eot < 1):
-        raise UsageError(f"verdict_seeds is {verdict_seeds} and eot {eot}; at least 1 is expected.")
-    specs = [spec if isinstance(spec, AttackSpec) else AttackSpec.parse(spec) for spec in attacks]
-    if not specs:
-        raise UsageError("attacks is empty; at least one attack is expected, such as 'pgd'.")
-    for spec in specs:
-        spec.bind(threat)
-    ids = torch.arange(len(x), device=x.device) if ids is None else ids.to(x.device)
+    _, ids = prepare(model, x, y, seed, None, ids)
+    if min(verdict_seeds, batch_size, 1 if eot is None else eot) < 1:
+        raise UsageError(
+            f"verdict_seeds is {verdict_seeds}, batch_size {batch_size}, eot {eot}; at least 1 each is expected."
+        )
+    specs = parse_attacks(attacks, threat)
     title = name or type(model if defense is None else defense).__name__
     job = _Job(model, defense, x, y, ids, seed, verdict_seeds, eot, batch_size, keep_adversarial)
 

@@ -29,8 +29,10 @@ def wilson(proportion: float, n: int, confidence: float = 0.95) -> Interval:
         confidence: coverage, such as 0.95.
 
     Raises:
-        UsageError: a proportion outside [0, 1], or n below 1.
+        UsageError: a proportion outside [0, 1], n below 1, or a confidence outside (0, 1).
     """
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence is {confidence}; a number between 0 and 1 is expected, such as 0.95.")
     if not 0 <= proportion <= 1 or n < 1:
         raise UsageError(
             f"wilson got the proportion {proportion} of n = {n}; a share in [0, 1] of at least 1 is expected."

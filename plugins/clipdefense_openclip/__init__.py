@@ -1,1 +1,16 @@
-"""To be written."""
+"""open_clip's models as a plugin of clipdefense."""
+
+import pluggy
+
+hookimpl = pluggy.HookimplMarker("clipdefense")
+
+
+@hookimpl
+def register_models(register):  # type: ignore[no-untyped-def]
+    register(
+        "open_clip",
+        "clipdefense_openclip.loader:load",
+        summary="any open_clip model: ARCHITECTURE@TAG, ARCHITECTURE@FILE, hf-hub:ORG/NAME, CONFIG.json@FILE",
+        requires=("open_clip",),
+        install="open_clip_torch",
+    )

@@ -1,0 +1,5 @@
+"""``python -m clipdefense``."""
+
+from clipdefense.cli import main
+
+main()

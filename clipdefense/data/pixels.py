@@ -1,0 +1,69 @@
+"""Decoding and resizing of one image: the only rules by which a file becomes pixels."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def decode(encoded: bytes | Path) -> Image.Image:
+    """An encoded image (bytes or file) as an RGB image, fully decoded; grey is repeated and alpha is dropped.
+
+    Raises:
+        OSError, ValueError, ...: whatever Pillow raises for what it cannot decode.
+    """
+    with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image of 8 or 16 bits a channel as 8-bit RGB."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in SIXTEEN_BIT:
+        # Pillow clips 16-bit grey to 255 instead of scaling it
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("the pixels are floating point of unknown range")
+    elif image.mode == "P":
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def resize_image(image: Image.Image, size: int) -> Image.Image:
+    """Shorter side to ``size`` (Pillow's bicubic, which anti-aliases), then the central (size, size) square."""
+    height, width = _scaled(image.height, image.width, size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def resize_tensor(pixels: Tensor, size: int) -> Tensor:
+    """:func:`resize_image` for float pixels (3, H, W) in [0, 1], clamped; up to rounding to 8 bits the same."""
+    height, width = _scaled(pixels.shape[-2], pixels.shape[-1], size)
+    if (height, width) != tuple(pixels.shape[-2:]):
+        scaled = F.interpolate(pixels[None], (height, width), mode="bicubic", align_corners=False, antialias=True)
+        pixels = scaled[0].clamp(0, 1)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return pixels[:, top : top + size, left : left + size]
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

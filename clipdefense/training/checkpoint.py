@@ -1,0 +1,136 @@
+"""Model files: safetensors with a JSON sidecar ``<file>.json``, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clipdefense.errors import UsageError
+from clipdefense.evaluation.fingerprint import sha256_of_weights
+from clipdefense.weights import load_strictly, read_sidecar, read_state_dict
+
+if TYPE_CHECKING:
+    from clipdefense.classifier import ZeroShotClassifier
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """``write`` fills a temporary file in the same folder, which then takes the place of ``path`` in one step.
+
+    Whoever reads ``path``, and whatever kills this process, finds the old content or the new, never a part.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _flush(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, atomically; the tensors may lie on any device and be views."""
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(owned, temporary, dict(metadata)))
+
+
+def save_model(model: ZeroShotClassifier, path: str | Path, **metadata: Any) -> Path:
+    """Write a classifier's weights and head to ``path`` and what is needed to read them to ``<path>.json``.
+
+    Args:
+        model: the classifier; tower, class embeddings, transform and scale are all in its state dict.
+        path: ends in ``.safetensors``; missing folders are made.
+        metadata: JSON-ready facts for the sidecar, such as ``method``, ``variant``, ``hyper_parameters``,
+            ``threat`` and ``base_weights_sha256``.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UsageError(f"path is {str(path)!r}; a model file ends in .safetensors.")
+    sidecar = {
+        "format": "clipdefense-model",
+        "version": 1,
+        "source": model.source,
+        "class_names": list(model.class_names),
+        "logit_scale": float(model.head.scale),
+        "image_size": model.image_size,
+        "mean": model.mean.flatten().tolist(),
+        "std": model.std.flatten().tolist(),
+        "weights_sha256": sha256_of_weights(model),
+        **metadata,
+        "versions": {name: version(name) for name in ("clipdefense", "torch", "open_clip_torch", "timm")},
+    }
+    text = json.dumps(sidecar, indent=2)
+    write_tensors(path, model.state_dict(), {"format": "pt"})
+    write_atomically(sidecar_path(path), lambda temporary: _write_text(temporary, text + "\n"))
+    return path
+
+
+def sidecar_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def load_weights(model: ZeroShotClassifier, path: str | Path, *, keep_classes: bool = False) -> None:
+    """Load what :func:`save_model` wrote into a classifier of the same architecture, in place.
+
+    Args:
+        model: the classifier.
+        path: the ``.safetensors`` file.
+        keep_classes: leave the model's class list and class embeddings alone and load the rest (tower, the head's
+            transform and scale), for a hardened tower on other classes.
+
+    Raises:
+        UsageError: another class list (without ``keep_classes``), other preprocessing, keys or shapes that do not
+            match (listed), a file that cannot be read.
+    """
+    path = Path(path)
+    facts = read_sidecar(path)
+    if not facts:
+        raise UsageError(f"{sidecar_path(path)} is missing, or not of a clipdefense model file; copy it along with it.")
+    ours = {"image_size": model.image_size, "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    differing = [f"{name} {facts[name]} (here {value})" for name, value in ours.items() if facts[name] != value]
+    if differing:
+        raise UsageError(f"{path} has other preprocessing: {'; '.join(differing)}; build the model with the file's.")
+    if not keep_classes and tuple(facts["class_names"]) != model.class_names:
+        raise UsageError(
+            f"{path} has the {len(facts['class_names'])} classes {_shown(facts['class_names'])}, but the model has "
+            f"{len(model.class_names)}: {_shown(model.class_names)}; build the model with the file's classes, or pass "
+            "keep_classes=True to load everything but the class embeddings."
+        )
+    state = read_state_dict(path)
+    if keep_classes:
+        state["head.embeddings"] = model.head.embeddings
+    load_strictly(model, state, str(path))
+
+
+def _shown(names: Any) -> str:
+    return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")

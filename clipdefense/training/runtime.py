@@ -1,0 +1,65 @@
+"""The surroundings of a run: seeds, global generators, device, determinism; all left as they were found."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from clipdefense.classifier import ZeroShotClassifier
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """A 62-bit seed for one purpose, independent of those for others."""
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Restore Python's, NumPy's and torch's global generators (the CPU's and the device's) afterwards."""
+    python, array = random.getstate(), np.random.get_state()  # noqa: NPY002  (a global to restore, not to draw from)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)  # noqa: NPY002
+
+
+@contextmanager
+def on_device(model: ZeroShotClassifier, device: torch.device) -> Iterator[None]:
+    """The model on that device, and afterwards where it was."""
+    before = model.device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Deterministic algorithms throughout, where wanted; the process's settings come back."""
+    if not wanted:
+        yield
+        return
+    algorithms, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
