@@ -260,14 +260,20 @@ class TrainerDefense(Trainer):
             overrides: single fields of the config, such as ``epochs=2``.
 
         Raises:
-            UsageError: an unknown variant, or a field the config does not have.
+            UsageError: an unknown variant, a field the config does not have, or a classifier without a tower.
         """
+        from clipdefense.classifier import ZeroShotClassifier
         from clipdefense.errors import unknown_name
         from clipdefense.estimator import CLIPClassifier
 
         if variant not in self.variants:
             raise unknown_name("variant", variant, self.variants)
         estimator = classifier if isinstance(classifier, CLIPClassifier) else CLIPClassifier(classifier)
+        if not isinstance(estimator.model, ZeroShotClassifier):
+            raise UsageError(
+                f"classifier holds a {type(estimator.model).__name__}; a ZeroShotClassifier, whose tower trains, is "
+                "expected (clipdefense.load_model makes one)."
+            )
         super().__init__(estimator)
         self.variant = variant
         self.threat = threat if threat is not None else self.default_threat()

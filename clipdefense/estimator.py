@@ -221,8 +221,8 @@ class CLIPClassifier(PyTorchClassifier):
     ) -> None:
         """ART's training loop on images (N, C, H, W) and labels as in :meth:`loss_gradient`.
 
-        Two kinds of submodules stay in eval mode: those whose parameters are all frozen, and those that are in eval
-        mode while the model itself is in train mode. A frozen tower so keeps its batch statistics, and no dropout.
+        Two kinds of submodules stay in eval mode, so that a frozen tower keeps its batch statistics: those whose
+        parameters are all frozen, and those that are in eval mode while the model itself is in train mode.
         """
         images = self._images(x)
         labels = self._labels(images, y)
@@ -321,8 +321,7 @@ class CLIPClassifier(PyTorchClassifier):
             check_labels(labels, len(x), classes=self.nb_classes)
             labels = F.one_hot(labels.long(), self.nb_classes)
         if labels.shape != (len(x), self.nb_classes):
-            expected = f"integers ({len(x)},) or one-hot rows ({len(x)}, {self.nb_classes})"
-            raise UsageError(f"y has shape {tuple(labels.shape)}; {expected} are expected.")
+            raise UsageError(f"y has shape {tuple(labels.shape)}; {len(x)} integers or one-hot rows are expected.")
         labels = labels.to(self._dtype)
         return labels.to(x.device) if isinstance(x, Tensor) else labels.cpu().numpy()
 
@@ -342,7 +341,6 @@ class _Outputs(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
-        self.training = model.training
         self.fixed: tuple[nn.Module, ...] = ()  # they stay in eval mode
 
     def forward(self, x: Tensor) -> list[Tensor]:

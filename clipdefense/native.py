@@ -9,6 +9,15 @@ from clipdefense.hookspecs import Register, hookimpl
 def register_attacks(register: Register) -> None:
     register("pgd", "clipdefense.attacks.pgd:pgd", summary="projected gradient descent, Linf and L2 (1706.06083)")
     register("apgd-ce", "clipdefense.attacks.apgd:apgd_ce", summary="Auto-PGD on cross-entropy (2003.01690)")
+    register("apgd-dlr", "clipdefense.attacks.apgd:apgd_dlr", summary="Auto-PGD on the DLR loss (2003.01690)")
+    register("apgd-t", "clipdefense.attacks.apgd:apgd_t", summary="Auto-PGD towards 9 target classes (2003.01690)")
+    register("fab-t", "clipdefense.attacks.fab:fab_t", summary="minimum-norm FAB towards 9 classes (1907.02044)")
+    register("square", "clipdefense.attacks.square:square", summary="random search, no gradients (1912.00049)")
+    register(
+        "autoattack",
+        "clipdefense.attacks.autoattack:autoattack",
+        summary="the standard ensemble, or version=rand for randomised models (2003.01690)",
+    )
 
 
 @hookimpl

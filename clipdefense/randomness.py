@@ -35,11 +35,11 @@ def _halves(value: Tensor) -> tuple[Tensor, Tensor]:
     return tuple((half - ((half >> 31) << 32)).to(torch.int32) for half in (low, high))  # type: ignore[return-value]
 
 
-def _keys(ids: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor]:
+def _keys(ids: Tensor, seed: int, stream: int | Tensor) -> tuple[Tensor, Tensor]:
     """Two independent 32-bit keys an image, shape (N,) each."""
-    parts = [*_halves(ids.to(torch.int64))]
-    for number in (seed, stream):
-        parts += [torch.full_like(parts[0], _signed(number)), torch.full_like(parts[0], _signed(number >> 32))]
+    ids = ids.to(torch.int64)
+    streams = stream if isinstance(stream, Tensor) else torch.full_like(ids, stream)
+    parts = [*_halves(ids), *_halves(torch.full_like(ids, seed)), *_halves(streams)]
     keys = []
     for salt in (0x243F6A88, 0x85A308D3):
         key = torch.full_like(parts[0], _signed(salt))
@@ -49,7 +49,7 @@ def _keys(ids: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor]:
     return keys[0], keys[1]
 
 
-def _words(shape: tuple[int, ...], ids: Tensor, seed: int, stream: int) -> Tensor:
+def _words(shape: tuple[int, ...], ids: Tensor, seed: int, stream: int | Tensor) -> Tensor:
     """Uniform 32-bit words, shape (N, prod(shape))."""
     first, second = _keys(ids, seed, stream)
     position = torch.arange(math.prod(shape), device=ids.device, dtype=torch.int64)
@@ -59,7 +59,7 @@ def _words(shape: tuple[int, ...], ids: Tensor, seed: int, stream: int) -> Tenso
 
 
 def uniform(
-    shape: tuple[int, ...], ids: Tensor, *, seed: int, stream: int = 0, dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...], ids: Tensor, *, seed: int, stream: int | Tensor = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Uniform draws in [0, 1), multiples of 2^-24.
 
@@ -67,7 +67,8 @@ def uniform(
         shape: shape of one image's draw.
         ids: (N,) integer image ids; the result lies on their device.
         seed: the run's seed.
-        stream: what the draw is for (a restart, a step, an EOT draw); other streams are independent.
+        stream: what the draw is for (a restart, a step, an EOT draw), one for all or (N,) int64; other streams are
+            independent.
         dtype: of the result; the values are the same in each.
 
     Returns:
@@ -78,7 +79,7 @@ def uniform(
 
 
 def normal(
-    shape: tuple[int, ...], ids: Tensor, *, seed: int, stream: int = 0, dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...], ids: Tensor, *, seed: int, stream: int | Tensor = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Standard normal draws (Box-Muller on two uniform streams), shape (N, *shape); arguments as :func:`uniform`."""
     u = uniform((2, *shape), ids, seed=seed, stream=stream, dtype=dtype)

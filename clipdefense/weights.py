@@ -174,6 +174,21 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     return found
 
 
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """``"cuda:1"``, a device, or None (the CPU) as a device that is there.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    try:
+        return torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"device is {str(device)!r}, which cannot be used here ({reason}); 'cpu' always can."
+        ) from error
+
+
 def is_torchscript(path: Path) -> bool:
     """Whether the file is a TorchScript archive (as OpenAI's downloads are) and not a plain checkpoint."""
     if not zipfile.is_zipfile(path):

@@ -105,7 +105,7 @@ def test_gradients_reach_the_pixels_through_the_resize(tiny_model: ZeroShotClass
 
 
 @pytest.mark.parametrize(
-    ("tower", "images", "logits"),
+    ("tower", "given", "logits"),
     [
         (torch.float32, torch.float32, torch.float32),
         (torch.float32, torch.float64, torch.float32),
@@ -119,18 +119,16 @@ def test_gradients_reach_the_pixels_through_the_resize(tiny_model: ZeroShotClass
 @pytest.mark.parametrize("whole", [True, False])
 def test_input_is_cast_to_the_tower_and_output_is_float32_or_float64(
     make_model: Callable[..., ZeroShotClassifier],
-    images: Tensor,
     tower: torch.dtype,
+    given: torch.dtype,
     logits: torch.dtype,
     whole: bool,
-    request: pytest.FixtureRequest,
 ) -> None:
     model = make_model()
     if whole:
         model.to(tower)
     else:
         model.tower.to(tower)
-    given = request.node.callspec.params["images"]
     seen: list[torch.dtype] = []
     model.tower.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     smooth = torch.rand(2, 3, 32, 32)
@@ -163,7 +161,7 @@ def test_tokens_come_with_the_pooled_embedding() -> None:
     torch.testing.assert_close(found.tokens.mean(dim=1), found.pooled)
     half = plain(Tokens(2.0).bfloat16(), torch.randn(4, 3)).embed_tokens(x)
     assert half.pooled.dtype == half.tokens.dtype == torch.float32
-    with pytest.raises(UsageError, match="the tower Mean has no patch tokens; .*embed_tokens"):
+    with pytest.raises(UsageError, match=r"the tower Mean has no patch tokens; .*embed_tokens"):
         plain(Mean(), torch.randn(4, 3)).embed_tokens(x)
 
 
@@ -241,7 +239,7 @@ def test_an_embedding_table_looks_names_up() -> None:
     embeddings.zero_()
     assert table(["c"]).sum() == 9  # its own copy
     assert torch.equal(pickle.loads(pickle.dumps(table))(["b"]), table(["b"]))
-    with pytest.raises(UsageError, match="2 of 3 names have no stored embedding, the first is 'xyz'[.]$"):
+    with pytest.raises(UsageError, match=r"2 of 3 names have no stored embedding, the first is 'xyz'[.]$"):
         table(["xyz", "a", "d"])
     with pytest.raises(UsageError, match="embeddings has 3 rows for 2 names; one row a name"):
         EmbeddingTable(["a", "b"], torch.zeros(3, 2))

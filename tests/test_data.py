@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
 
 from clipdefense.data import ArrayImages, EncodedImages, FileImages, ImageDataset, cache_folder, find_file, from_arrays
+from clipdefense.data.dataset import _Kept
 from clipdefense.errors import UsageError
 
 
@@ -130,6 +131,16 @@ def test_nothing_is_decoded_before_it_is_asked_for_and_tensors_decode_once() -> 
     x, _ = dataset.tensors()
     x.zero_()  # what a caller does to his copy stays his
     assert level(dataset) == list(range(12))
+
+
+def test_what_is_kept_in_memory_is_bounded() -> None:
+    dataset = numbered()
+    dataset._kept = _Kept(limit=2 * 3 * 5 * 6 + 1)
+    for _ in range(3):
+        assert [round(float(v) * 255) for v in dataset.tensors()[0][:, 0, 0, 0]] == list(range(12))
+    source = dataset._images
+    assert isinstance(source, Counted)
+    assert source.reads == Counter({0: 1, 1: 1} | dict.fromkeys(range(2, 12), 3))
 
 
 def test_selections_keep_the_images_their_labels_and_their_ids() -> None:

@@ -29,6 +29,13 @@ HEAVY = {
 }
 
 
+def run(command: list[str], **options: Any) -> str:
+    """What a command prints; where it fails, all that it said is in the failure."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
 @pytest.fixture(scope="session")
 def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -38,7 +45,7 @@ def project() -> dict[str, Any]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
+    run(build)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -47,7 +54,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--no-deps", "--target", str(target), str(wheel)], check=True)
+    run([*pip, "--no-deps", "--target", str(target), str(wheel)])
     return target
 
 
@@ -60,14 +67,7 @@ def distribution(installed: Path) -> Distribution:
 def python(script: str, target: Path, *arguments: str) -> str:
     """What a script prints in a fresh interpreter that sees the installed wheel before the repository."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("CLIPDEFENSE_")}
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env={**environment, "PYTHONPATH": str(target)},
-        cwd=target,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    return run([sys.executable, "-c", script, *arguments], env={**environment, "PYTHONPATH": str(target)}, cwd=target)
 
 
 def test_top_level_packages_are_the_core_and_the_plugins(installed: Path, project: dict[str, Any]) -> None:
@@ -88,12 +88,11 @@ def test_every_plugin_has_an_entry_point_of_its_own(distribution: Distribution, 
 def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     folders = [(ROOT, ROOT / "clipdefense"), (ROOT / "plugins", ROOT / "plugins")]
-    kinds = {".py", ".typed", ".j2", ".json", ".safetensors", ".npz"}
     sources = {
         str(path.relative_to(base))
         for base, folder in folders
         for path in folder.rglob("*")
-        if path.suffix in kinds or path.name == "py.typed"
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert packed == sources
     packages = {name.partition("/")[0] for name in packed}

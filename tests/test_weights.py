@@ -14,6 +14,7 @@ from torch import nn
 from clipdefense.errors import UsageError
 from clipdefense.weights import (
     load_strictly,
+    parse_device,
     parse_dtype,
     read_checkpoint,
     read_sidecar,
@@ -162,6 +163,13 @@ def test_parts_of_a_saved_head() -> None:
     assert restored_transform(layer, head, "it") is layer
     assert torch.equal(layer.weight, head["transform.weight"])
     assert restored_transform(None, {"embeddings": torch.ones(2, 3)}, "it") is None
+
+
+def test_devices() -> None:
+    assert parse_device(None) == parse_device("cpu") == parse_device(torch.device("cpu")) == torch.device("cpu")
+    for wrong in ("gpu", "cuda:99", torch.device("cuda:99")):
+        with pytest.raises(UsageError, match=r"device is '.*99'|device is 'gpu'"):
+            parse_device(wrong)
 
 
 def test_dtypes() -> None:

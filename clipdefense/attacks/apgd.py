@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from clipdefense.attacks import engine
 from clipdefense.attacks.norms import BALLS, Ball, per_image, project
 from clipdefense.attacks.objectives import Objective, get_objective
+from clipdefense.attacks.targets import over_targets
 from clipdefense.threat import ThreatModel
 
 
@@ -29,7 +31,7 @@ class _APGD:
     """Algorithm 1, an image a row: each keeps its own iteration k, step size eta and best point."""
 
     def __init__(self, ball: Ball, eps: float, steps: int, seed: int, stream: int, alpha: float, rho: float) -> None:
-        self.evaluations = steps + 1  # the start and every iterate
+        self.evaluations, self.uses_gradient = steps + 1, True  # the start and every iterate
         self.ball, self.eps, self.alpha, self.rho = ball, eps, alpha, rho
         self.seed, self.stream = seed, stream
         self.interval = [0] * (steps + 1)  # k -> iterations since the checkpoint before, 0 where k is none
@@ -57,8 +59,8 @@ class _APGD:
             "k": torch.zeros(n, dtype=torch.long, device=x.device),
         }
 
-    def advance(self, s: engine.State, loss: Tensor, gradient: Tensor) -> engine.State:
-        loss = loss.to(s["loss"].dtype)
+    def advance(self, s: engine.State, seen: engine.Evaluation) -> engine.State:
+        loss, gradient = seen.loss.to(s["loss"].dtype), seen.gradient
         better = loss > s["best_loss"]
         s["best"] = torch.where(per_image(better, gradient), s["x_adv"], s["best"])
         s["best_gradient"] = torch.where(per_image(better, gradient), gradient, s["best_gradient"])
@@ -94,7 +96,7 @@ class _APGD:
         return s["best"]
 
 
-def apgd_ce(
+def apgd(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -118,7 +120,7 @@ def apgd_ce(
         x: (N, C, H, W) in [0, 1].
         y: (N,) integer labels.
         threat: norm and eps; its steps, step size and restarts do not apply here.
-        objective: what to maximise; cross-entropy makes it APGD-CE.
+        objective: what to maximise: ``"ce"`` (APGD-CE), ``"dlr"`` (APGD-DLR), ``"margin"`` or ``(logits, y) -> (N,)``.
         steps: iterations (published: 100).
         alpha: weight of the step against momentum (published: 0.75).
         rho: share of ascending steps below which the step size is halved (published: 0.75).
@@ -132,4 +134,64 @@ def apgd_ce(
         return x.detach().clone()
     method = _APGD(BALLS[threat.norm], threat.eps, steps, seed, 0, alpha, rho)
     loss = get_objective(objective)
-    return engine.run(model, x, y, method, loss, ids=names, eot=eot, early_stop=early_stop, batch_size=batch_size)
+    return engine.run(model, x, y, method, loss, ids=names, eot=eot, early_stop=early_stop, batch_size=batch_size).x_adv
+
+
+apgd_ce = partial(apgd, objective="ce")
+apgd_dlr = partial(apgd, objective="dlr")
+
+
+def apgd_t(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    targets: int = 9,
+    objective: str | Objective = "dlr",
+    steps: int = 100,
+    alpha: float = 0.75,
+    rho: float = 0.75,
+    eot: int = 1,
+    early_stop: bool = True,
+    batch_size: int = 128,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """Targeted Auto-PGD: one run towards each of the most likely wrong classes (2003.01690, section 4).
+
+    Args:
+        model: images in [0, 1] -> logits.
+        x: (N, C, H, W) in [0, 1].
+        y: (N,) integer labels.
+        threat: norm and eps.
+        targets: how many target classes (published: 9); at most all the wrong ones.
+        objective: ``"dlr"`` (targeted DLR; the targeted margin below four classes), ``"ce"``, ``"margin"`` or
+            ``(logits, y, target) -> (N,)``.
+        steps, alpha, rho, eot, early_stop, batch_size, seed, generator, ids: as in :func:`apgd`.
+
+    Returns:
+        (N, C, H, W): the iterate that broke the image, or the point of largest margin that any target led to.
+    """
+    seed, names = engine.prepare(model, x, y, seed, generator, ids)
+    if threat.eps == 0 or steps == 0:
+        return x.detach().clone()
+    loss = get_objective(objective, targeted=True)
+
+    def towards(rank: int, rows: Tensor, target: Tensor) -> engine.Outcome:
+        method = _APGD(BALLS[threat.norm], threat.eps, steps, seed, rank, alpha, rho)
+        return engine.run(
+            model,
+            x[rows],
+            y[rows],
+            method,
+            loss,
+            ids=names[rows],
+            targets=target,
+            eot=eot,
+            early_stop=early_stop,
+            batch_size=batch_size,
+        )
+
+    return over_targets(model, x, y, targets, towards, batch_size)

@@ -17,7 +17,7 @@ class _PGD:
     """``x_{k+1} = P(x_k + alpha * direction(gradient))``."""
 
     def __init__(self, ball: Ball, eps: float, alpha: float, steps: int, seed: int, stream: int, random: bool) -> None:
-        self.evaluations = steps
+        self.evaluations, self.uses_gradient = steps, True
         self.ball, self.eps, self.alpha = ball, eps, alpha
         self.seed, self.stream, self.random = seed, stream, random
 
@@ -27,8 +27,8 @@ class _PGD:
         noise = self.ball.uniform(x, ids, self.eps, seed=self.seed, stream=self.stream)
         return {"x": x, "x_adv": (x + noise).clamp_(0.0, 1.0)}
 
-    def advance(self, state: engine.State, loss: Tensor, gradient: Tensor) -> engine.State:
-        x_adv = torch.add(state["x_adv"], self.ball.direction(gradient), alpha=self.alpha)
+    def advance(self, state: engine.State, seen: engine.Evaluation) -> engine.State:
+        x_adv = torch.add(state["x_adv"], self.ball.direction(seen.gradient), alpha=self.alpha)
         state["x_adv"] = project(self.ball, state["x"], x_adv, self.eps)
         return state
 
@@ -97,12 +97,14 @@ def pgd(
             method, keys = _PGD(*settings), names[left]
         else:
             method, keys = _FromInit(init.to(x), *settings), left
-        result[left] = engine.run(
+        outcome = engine.run(
             model, x[left], y[left], method, loss, ids=keys, eot=eot, early_stop=early_stop, batch_size=batch_size
         )
+        result[left] = outcome.x_adv
         if restart + 1 < threat.restarts:
-            robust = predict(model, result[left], batch_size=batch_size).argmax(dim=1) == y[left]
-            left = left[robust]
+            left = left[~outcome.broken]
+            if len(left):  # their last iterates have not been judged yet
+                left = left[predict(model, result[left], batch_size=batch_size).argmax(dim=1) == y[left]]
             if not len(left):
                 break
     return result

@@ -17,6 +17,21 @@ from clipdefense.data.pixels import resize_image, resize_tensor, to_tensor
 from clipdefense.data.sources import ArrayImages, ImageSource
 from clipdefense.errors import UsageError, unknown_name
 
+KEPT_BYTES = 1 << 30
+
+
+class _Kept:
+    """Decoded 8-bit images by row, up to a number of bytes; what comes later is decoded again."""
+
+    def __init__(self, limit: int = KEPT_BYTES) -> None:
+        self.images: dict[int, Tensor] = {}
+        self.left = limit
+
+    def keep(self, row: int, pixels: Tensor) -> None:
+        if row not in self.images and pixels.dtype == torch.uint8 and pixels.nbytes <= self.left:
+            self.images[row] = pixels
+            self.left -= pixels.nbytes
+
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """``ds[i] -> (float image (3, H, W) in [0, 1], label)``, decoded when it is asked for.
@@ -64,7 +79,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         self.size = _check_size(size)
         self.meta = dict(meta or {})
         self._images = images
-        self._decoded: dict[int, Tensor] = {}
+        self._kept = _Kept()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,8 +96,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     def _pixels(self, row: int) -> Tensor:
         """One image at this dataset's size, (3, H, W): uint8, or float where the source is."""
-        if row in self._decoded:
-            return self._decoded[row]
+        if row in self._kept.images:
+            return self._kept.images[row]
         try:
             image = self._images[row]
             if isinstance(image, Image.Image):
@@ -100,8 +115,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     def tensors(self, indices: Sequence[int] | Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images (N, 3, H, W) float32 and labels (N,), all at once.
 
-        An image is decoded the first time this method meets it; its 8-bit pixels are then kept for every later
-        access, through this dataset or a selection of it.
+        An image is decoded the first time this method meets it; its 8-bit pixels are then kept, up to 1 GiB of them,
+        for every later access through this dataset or a selection of it.
 
         Args:
             indices: which; None for all.
@@ -114,8 +129,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         for place, index in enumerate(chosen):
             row = int(self.ids[index])
             pixels = self._pixels(row)
-            if pixels.dtype == torch.uint8:
-                self._decoded[row] = pixels
+            self._kept.keep(row, pixels)
             if x is None:
                 x = torch.empty(len(chosen), *pixels.shape)
             if pixels.shape != x.shape[1:]:

@@ -106,6 +106,11 @@ class Loop:
     ) -> None:
         self.defense, self.source, self.held_out, self.config = defense, source, held_out, config
         self.model = defense.model
+        if self.model.dtype not in (torch.float32, torch.float64):
+            raise UsageError(
+                f"the model's weights are {self.model.dtype}, in which small updates are lost; train in float32 "
+                "(model.float()), with bf16=True for speed."
+            )
         self.total = total_steps(config, source.steps)
         self.weights = list(defense.trainable_parameters(config.train))
         self.folder = None if config.checkpoint is None else Path(config.checkpoint)

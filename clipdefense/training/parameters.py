@@ -99,19 +99,19 @@ def train_mode(module: nn.Module) -> None:
 
 @contextmanager
 def training_only(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Only ``weights`` require gradients; every flag and mode is restored and no ``.grad`` is left behind."""
-    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    """Only ``weights`` require gradients, from none; every flag, mode and ``.grad`` is afterwards what it was."""
+    flags = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
     modes = [(part, part.training) for part in model.modules()]
     chosen = {id(weight) for weight in weights}
     try:
-        for weight, _ in flags:
+        for weight, _, _ in flags:
             weight.requires_grad_(id(weight) in chosen)
             weight.grad = None
         train_mode(model)
         yield
     finally:
-        for weight, flag in flags:
-            weight.grad = None
+        for weight, flag, gradient in flags:
             weight.requires_grad_(flag)
+            weight.grad = gradient
         for part, training in modes:
             part.training = training

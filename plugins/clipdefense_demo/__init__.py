@@ -1,4 +1,4 @@
-"""The demo's own data and model as a plugin of clipdefense: real handwritten digits and a small CLIP trained on them."""
+"""The demo's own data and model as a plugin of clipdefense: handwritten digits and a small CLIP trained on them."""
 
 import pluggy
 

@@ -90,7 +90,10 @@ def load(
     if split not in (None, name):
         raise UsageError(f"split is {split!r}, but the data set is digits:{name}; write digits:{split} alone.")
     images, labels = load_digits_images(name)
-    meta = {"source": "UCI Optical Recognition of Handwritten Digits, by scikit-learn", "licence": "CC BY 4.0"}
+    meta = {
+        "source": "UCI Optical Recognition of Handwritten Digits, by scikit-learn",
+        "licence": "CC BY 4.0",
+    }
     dataset = ImageDataset(
         ArrayImages(images.numpy(), "NCHW"), labels, CLASSES, name=f"digits/{name}", size=size, meta=meta
     )

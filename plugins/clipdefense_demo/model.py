@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clipdefense_openclip import loader
+from clipdefense_openclip.text import check_templates
 from open_clip.model import CLIP
 from safetensors import SafetensorError, safe_open
 
+from clipdefense.checks import check_class_names
 from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.data import cache_folder
 from clipdefense.errors import UsageError, unknown_name
@@ -22,7 +25,6 @@ from clipdefense.training.checkpoint import write_atomically, write_tensors
 from clipdefense.weights import load_strictly, read_state_dict
 from clipdefense_demo.digits import CLASSES
 from clipdefense_demo.pretraining import TEMPLATES, Recipe, build, open_clip_config, train
-from clipdefense_openclip import loader
 
 CACHE_VARIABLE = "CLIPDEFENSE_CACHE"
 SOURCE = "demo:digits"
@@ -35,7 +37,7 @@ class CachedModel:
     """The files of the trained model: a folder that open_clip reads too, as ``local-dir:<folder>``.
 
     Attributes:
-        folder: holds the configuration and the weights, 13.3 MB together.
+        folder: holds the configuration and the weights, 13.5 MB together.
     """
 
     folder: Path
@@ -99,7 +101,7 @@ def digits_clip(
 ) -> ZeroShotClassifier:
     """A CLIP (open_clip ViT image tower and text tower, 2 layers each, 32 px) for the handwritten digits.
 
-    Trained on first use, about half a minute on a CPU, and kept in :func:`cached_model` (13.3 MB). A cached file that
+    Trained on first use, about half a minute on a CPU, and kept in :func:`cached_model` (13.5 MB). A cached file that
     is damaged, or of another recipe, is replaced, saying so in the log. Where the cache cannot be written, the model
     is trained for this process alone, saying so too.
 
@@ -116,12 +118,9 @@ def digits_clip(
     Raises:
         UsageError: class names or templates that cannot be used.
     """
+    names = check_class_names(CLASSES if classes is None else classes)
+    options: dict[str, Any] = {"classes": names, "templates": check_templates(templates), "device": device}
     recipe, files = Recipe() if recipe is None else recipe, cached_model()
-    options: dict[str, Any] = {
-        "classes": CLASSES if classes is None else classes,
-        "templates": templates,
-        "device": device,
-    }
     if problem := files.problem(recipe):
         if files.weights.exists():
             _log.warning("cached model %s %s; it is trained afresh.", files.weights, problem)

@@ -53,6 +53,7 @@ class Located:
     Attributes:
         name: for messages.
         fetch: gives the file, downloading it where it must.
+        sidecar: this library's own description of a local file, or empty.
         evidence: what is known of their activation beforehand.
         preprocess: mean and std, where they are known.
         trusted: a published file, recognised by its hash.
@@ -60,6 +61,7 @@ class Located:
 
     name: str
     fetch: Callable[[], Path]
+    sidecar: Mapping[str, Any] = field(default_factory=dict)
     evidence: Evidence | None = None
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     trusted: bool = False
@@ -128,12 +130,14 @@ def locate(architecture: Architecture, weights: str | None, cache_dir: str | Non
     if weights.startswith(HUB):
         fetch = partial(from_hub, weights.removeprefix(HUB), None, cache_dir)
         if weights == architecture.name:
-            return Located(weights, fetch, None, architecture.preprocess)
+            return Located(weights, fetch, preprocess=architecture.preprocess)
         config, preprocess = read_config(from_hub(weights.removeprefix(HUB), CONFIG_FILE, cache_dir))
-        return Located(weights, fetch, _declared(config, f"{CONFIG_FILE} of {weights}"), preprocess)
+        declared = _declared(config, f"{CONFIG_FILE} of {weights}")
+        return Located(weights, fetch, evidence=declared, preprocess=preprocess)
     evidence, settings = evidence_of_tag(architecture.name, weights)
     if settings:
-        return Located(repr(weights), partial(_download, settings, cache_dir), evidence, settings)
+        fetch = partial(_download, settings, cache_dir)
+        return Located(repr(weights), fetch, evidence=evidence, preprocess=settings)
     path = Path(weights).expanduser()
     if path.is_dir():
         path = weights_beside(path)
@@ -146,16 +150,16 @@ def locate(architecture: Architecture, weights: str | None, cache_dir: str | Non
 
 
 def _local(path: Path) -> Located:
-    release = identify(path, releases())
+    release, sidecar = identify(path, releases()), read_sidecar(path)
     if release is not None:
         quick = bool(release.settings.get("quick_gelu", False))
         evidence = Evidence(quick, f"its hash is that of {release.filename}, tag {release.tag!r}")
-        return Located(str(path), lambda: path, evidence, release.settings, trusted=True)
+        return Located(str(path), lambda: path, sidecar, evidence, release.settings, trusted=True)
     beside = path.parent / CONFIG_FILE
     if beside.is_file():
         config, preprocess = read_config(beside)
-        return Located(str(path), lambda: path, _declared(config, str(beside)), preprocess)
-    return Located(str(path), lambda: path)
+        return Located(str(path), lambda: path, sidecar, _declared(config, str(beside)), preprocess)
+    return Located(str(path), lambda: path, sidecar)
 
 
 def _declared(config: Mapping[str, Any], where: str) -> Evidence:
@@ -171,21 +175,17 @@ def _download(settings: Mapping[str, Any], cache_dir: str | None) -> Path:
         raise unreachable(f"weights {place}", error) from error
 
 
-def read_weights(
-    architecture: Architecture, weights: str | None, quick_gelu: bool | None, cache_dir: str | None = None
-) -> Weights:
-    """Find, check and read weights; a mismatch that can be known beforehand is found before any download.
+def read_weights(architecture: Architecture, located: Located, quick_gelu: bool | None) -> Weights:
+    """Check and read weights; a mismatch that can be known beforehand is found before any download.
 
     Raises:
-        UsageError: nothing of that name; unreadable; or trained with another activation than the architecture has.
+        UsageError: unreadable, or trained with another activation than the architecture has.
     """
-    located = locate(architecture, weights, cache_dir)
     known = located.evidence
     if known is not None and known.certain:
         check_activation(architecture.name, architecture.quick_gelu, known, quick_gelu, located.name)
-    path = located.fetch()
+    path, sidecar = located.fetch(), located.sidecar
     checkpoint = read_checkpoint(path, trusted_script=located.trusted)
-    sidecar = read_sidecar(path)
     if known is None or not known.certain:
         found = evidence_of_file(path, checkpoint, sidecar)
         known = found if found is not None and (found.certain or known is None) else known

@@ -12,9 +12,9 @@ from torch import nn
 from clipdefense.checks import check_class_names
 from clipdefense.classifier import ClassEncoder, EmbeddingTable, ZeroShotClassifier
 from clipdefense.errors import UsageError
-from clipdefense.weights import load_strictly, parse_dtype, restored_transform, stored_classes
+from clipdefense.weights import load_strictly, parse_device, parse_dtype, restored_transform, stored_classes
 from clipdefense_openclip.architecture import Architecture, build, find_architecture, tokenizer
-from clipdefense_openclip.checkpoint import Parts, Weights, load_text, read_weights, take_apart
+from clipdefense_openclip.checkpoint import Parts, Weights, load_text, locate, read_weights, take_apart
 from clipdefense_openclip.text import TEMPLATES, TextEncoder, check_templates
 from clipdefense_openclip.tower import OpenClipTower
 
@@ -77,19 +77,22 @@ def load(
             cannot be read or does not fit; no class names; a hub that cannot be reached.
     """
     request = _Request(
-        find_architecture(name, cache_dir),
-        None if classes is None else check_class_names(classes),
-        None if templates is None else check_templates(templates),
-        torch.device(device or "cpu"),
-        parse_dtype(dtype),
-        quick_gelu,
-        base,
-        class_encoder,
-        logit_scale,
-        transform,
-        cache_dir,
+        architecture=find_architecture(name, cache_dir),
+        names=None if classes is None else check_class_names(classes),
+        templates=None if templates is None else check_templates(templates),
+        device=parse_device(device),
+        dtype=parse_dtype(dtype),
+        quick_gelu=quick_gelu,
+        base=base,
+        class_encoder=class_encoder,
+        logit_scale=logit_scale,
+        transform=transform,
+        cache_dir=cache_dir,
     )
-    weighted = read_weights(request.architecture, weights, quick_gelu, cache_dir)
+    located = locate(request.architecture, weights, cache_dir)
+    if request.names is None and "class_names" not in located.sidecar:
+        raise UsageError(f"classes is None, but {located.name} brings no class names of its own; pass classes=[...].")
+    weighted = read_weights(request.architecture, located, quick_gelu)
     model = _assemble(request, weighted, mean or weighted.preprocess["mean"], std or weighted.preprocess["std"])
     model.source = f"open_clip:{name}" + (f"@{weights}" if weights else "")
     return model.to(request.device).eval()
@@ -105,7 +108,9 @@ def _assemble(request: _Request, weights: Weights, mean: Sequence[float], std: S
     stored = None if saved is None else EmbeddingTable(*saved)
     names = request.names or (None if stored is None else stored.names)
     if names is None:
-        raise UsageError(f"classes is None, but {weights.name} brings no class names of its own; pass classes=[...].")
+        raise UsageError(
+            f"classes is None, but {weights.name} brings no class embeddings of its own; pass classes=[...]."
+        )
     keep = stored is not None and request.class_encoder is None and request.templates is None
     if stored is not None and keep and set(names) <= set(stored.names):
         embeddings = stored(names)
@@ -148,7 +153,8 @@ def _class_encoder(
                 "base=, such as base='openai', or pass class_encoder=, names -> embeddings."
             )
         seen.add(base)
-        weights = read_weights(request.architecture, base, request.quick_gelu, request.cache_dir)
+        located = locate(request.architecture, base, request.cache_dir)
+        weights = read_weights(request.architecture, located, request.quick_gelu)
         parts, base = take_apart(weights.state, clip), None
     del clip.visual
     load_text(clip, parts, weights.name)

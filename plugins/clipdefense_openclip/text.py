@@ -59,7 +59,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def _encode(self, names: tuple[str, ...]) -> Tensor:
-        prompts = [template.format(name) for name in names for template in self.templates]
+        prompts = [template.replace("{}", name) for name in names for template in self.templates]
         parts = []
         for start in range(0, len(prompts), self.batch_size):
             tokens = self.tokenizer(prompts[start : start + self.batch_size])
@@ -91,11 +91,7 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     if isinstance(templates, str):
         raise UsageError(f"templates is the string {templates!r}; a list is expected, such as ['a photo of a {{}}.'].")
     for template in templates:
-        try:
-            fits = isinstance(template, str) and template.format("\0") == template.replace("{}", "\0")
-        except (IndexError, KeyError, ValueError):
-            fits = False
-        if not fits or "{}" not in template:
+        if not isinstance(template, str) or "{}" not in template:
             raise UsageError(f"templates contains {template!r}; text with {{}} for the class name is expected.")
     if not templates:
         raise UsageError("templates is empty; at least one, such as 'a photo of a {}.', is expected.")

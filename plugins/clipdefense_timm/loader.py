@@ -15,6 +15,7 @@ from clipdefense.classifier import CLIP_MEAN, CLIP_STD, ClassEncoder, EmbeddingT
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.weights import (
     load_strictly,
+    parse_device,
     parse_dtype,
     read_sidecar,
     read_state_dict,
@@ -87,9 +88,9 @@ def load(
         raise UsageError(f"timm:{name} names no weights; put a file behind an @: timm:{name}@/path/to/weights.pt.")
     if not timm.is_model(name):
         raise unknown_name("timm model", name, timm.list_models())
-    chosen, precision = None if classes is None else check_class_names(classes), parse_dtype(dtype)
+    chosen, place = None if classes is None else check_class_names(classes), parse_device(device)
     saved = _read(weights)
-    tower = _tower(name, trunk_options, saved, projection).to(dtype=precision)
+    tower = _tower(name, trunk_options, saved, projection).to(dtype=parse_dtype(dtype))
     encoder = _encoder(embeddings, names_key, embeddings_key, saved)
     names = chosen or (None if saved.classes is None else saved.classes.names)
     if names is None:
@@ -104,7 +105,7 @@ def load(
         source=f"timm:{name}@{weights}",
         **_preprocessing(saved.sidecar, tower.trunk, image_size=image_size, mean=mean, std=std),
     )
-    return model.to(torch.device(device or "cpu")).eval()
+    return model.to(place).eval()
 
 
 def _preprocessing(sidecar: Mapping[str, Any], trunk: nn.Module, **given: Any) -> dict[str, Any]:

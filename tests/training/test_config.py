@@ -16,8 +16,8 @@ from clipdefense.training.schedule import learning_rate, total_steps, warmup_ste
 
 def test_importing_the_options_imports_neither_torch_nor_accelerate() -> None:
     code = "import sys, clipdefense.training.config; print([m for m in ('torch', 'accelerate') if m in sys.modules])"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
 def test_override_changes_a_copy() -> None:

@@ -20,6 +20,7 @@ from clipdefense.attacks.pgd import pgd
 from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.defenses import TrainerDefense
 from clipdefense.errors import UsageError
+from clipdefense.estimator import CLIPClassifier
 from clipdefense.training.guard import DivergedError
 from clipdefense.training.parameters import training_only
 from clipdefense.training.runtime import derive_seed
@@ -320,6 +321,26 @@ def test_options_that_cannot_be_used(tiny_model: ZeroShotClassifier) -> None:
         TeCoA(tiny_model, validation=0.5).fit_loader([(x, y)])
     with pytest.raises(UsageError, match="the loader has no length"):
         TeCoA(tiny_model).fit_loader(iter([(x, y)]))
+
+
+def test_models_that_cannot_be_used(make_model: Make) -> None:
+    with pytest.raises(UsageError, match=r"the model's weights are torch\.bfloat16, in which small updates are lost"):
+        TeCoA(make_model(dtype=torch.bfloat16), **QUIET, batch_size=4).fit(*images_and_labels(8))
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    estimator = CLIPClassifier(plain, input_shape=(3, 2, 2), nb_classes=3)
+    with pytest.raises(UsageError, match="classifier holds a Sequential; a ZeroShotClassifier"):
+        TeCoA(estimator)
+
+
+def test_progress_names_the_terms_and_quiet_is_quiet(
+    tiny_model: ZeroShotClassifier, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    TeCoA(tiny_model, batch_size=4, epochs=1, show_progress=False).fit(*images_and_labels(8))
+    assert capsys.readouterr() == ("", "")
+    TeCoA(tiny_model, batch_size=4, epochs=1).fit(*images_and_labels(8))
+    shown = capsys.readouterr().out
+    assert "tecoa" in shown and "2/2" in shown and "ce " in shown and "batch accuracy: clean" in shown
 
 
 class Unlabelled(TrainerDefense):

@@ -1,0 +1,167 @@
+"""FAB, the fast adaptive boundary attack (Croce and Hein 2020, arXiv 1907.02044), towards a target class.
+
+It looks for the nearest misclassified point: linearise the decision boundary at the current point, project onto it
+within the box, step a little over it, with a pull towards the original image. Symbols as in the paper: ``eta`` the
+overshoot, ``beta`` the backward step, ``alpha_max`` the largest pull.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from clipdefense.attacks import engine
+from clipdefense.attacks.norms import BALLS, per_image, project
+from clipdefense.attacks.objectives import targeted_margin
+from clipdefense.attacks.targets import over_targets
+from clipdefense.threat import Norm, ThreatModel
+
+
+def to_hyperplane(x: Tensor, w: Tensor, gap: Tensor, norm: Norm) -> Tensor:
+    """``argmin ||d||_p`` subject to ``<w, d> = gap`` and ``0 <= x + d <= 1`` (problem 4 of the paper), exactly.
+
+    Both norms have the solution ``d_j = s_j min(t a_j, room_j)`` with ``s_j = sign(gap w_j)``, ``room_j`` the distance
+    to the box in that direction, and ``a_j = 1`` for Linf, ``|w_j|`` for L2. ``<w, d>`` is piecewise linear and rising
+    in t, with a kink where a coordinate meets the box; sorting the kinks gives t. Where the plane cannot be reached
+    inside the box, d goes to the box corner nearest to it.
+
+    Args:
+        x: (N, D) in [0, 1]; w: (N, D); gap: (N,).
+        norm: ``"linf"`` or ``"l2"``.
+
+    Returns:
+        (N, D).
+    """
+    s = w.sign() * gap.sign()[:, None]
+    size = w.abs()
+    room = torch.where(s > 0, 1 - x, x) * (s != 0)
+    slope = torch.ones_like(size) if norm == "linf" else size
+    kink, order = torch.where(size > 0, room / slope.clamp_min(1e-38), 0.0).sort(dim=1)
+    filled = (size * room).gather(1, order).cumsum(dim=1)
+    rate = (size * slope).gather(1, order)
+    rest = (rate.sum(dim=1, keepdim=True) - rate.cumsum(dim=1)).clamp_min(0)
+    reached = filled + kink * rest  # <w, d> at each kink
+    need = gap.abs()[:, None]
+    index = torch.searchsorted(reached, need)
+    before = (index - 1).clamp_min(0)
+    at = torch.where(index > 0, filled.gather(1, before), 0.0)
+    slope_there = torch.where(index > 0, rest.gather(1, before), rate.sum(dim=1, keepdim=True))
+    t = (need - at) / slope_there.clamp_min(1e-38)
+    t = torch.where(index >= x.shape[1], math.inf, t)
+    return s * torch.minimum(torch.where(size > 0, t * slope, 0.0), room)
+
+
+class _FAB:
+    """Algorithm 1 towards one class, an image a row; ``k`` counts its forward steps."""
+
+    uses_gradient = True
+
+    def __init__(self, norm: Norm, eps: float, steps: int, alpha_max: float, eta: float, beta: float) -> None:
+        self.norm, self.eps, self.steps = norm, eps, steps
+        self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
+        self.evaluations = 2 * steps + 2  # a step that lands beyond the boundary costs an evaluation for the way back
+
+    def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        delta = (x_adv - x).flatten(1)
+        return delta.abs().amax(dim=1) if self.norm == "linf" else delta.norm(dim=1)
+
+    def start(self, x: Tensor, ids: Tensor) -> engine.State:
+        return {
+            "x": x,
+            "x_adv": x.clone(),
+            "best": x.clone(),
+            "norm": x.new_full((len(x),), math.inf),
+            "returned": torch.zeros(len(x), dtype=torch.bool, device=x.device),
+            "k": torch.zeros(len(x), dtype=torch.long, device=x.device),
+        }
+
+    def inside(self, s: engine.State) -> Tensor:
+        return self.distance(s["x"], s["x_adv"]) <= self.eps
+
+    def finished(self, s: engine.State) -> Tensor:
+        return s["k"] > self.steps
+
+    def advance(self, s: engine.State, seen: engine.Evaluation) -> engine.State:
+        x, x_adv = s["x"], s["x_adv"]
+        distance = self.distance(x, x_adv)
+        nearer = seen.wrong & (distance < s["norm"])
+        s["best"] = torch.where(per_image(nearer, x), x_adv, s["best"])
+        s["norm"] = torch.where(nearer, distance, s["norm"])
+        back = seen.wrong & ~s["returned"]
+        forward = self._forward(x, x_adv, seen.loss.to(x.dtype), seen.gradient)
+        s["x_adv"] = torch.where(per_image(back, x), x + self.beta * (x_adv - x), forward)
+        s["returned"] = back
+        s["k"] = s["k"] + (~back).long()
+        return s
+
+    def _forward(self, x: Tensor, x_adv: Tensor, gap: Tensor, gradient: Tensor) -> Tensor:
+        """Equation 9: between the projections of the current point and of the original onto the linearised boundary."""
+        w, here, origin = gradient.flatten(1), x_adv.flatten(1), x.flatten(1)
+        from_here = to_hyperplane(here, w, -gap, self.norm)
+        from_origin = to_hyperplane(origin, w, (w * (here - origin)).sum(dim=1) - gap, self.norm)
+        near = self.distance(torch.zeros_like(from_here), from_here)
+        far = self.distance(torch.zeros_like(from_origin), from_origin)
+        alpha = (near / (near + far).clamp_min(1e-12)).clamp(0, self.alpha_max)[:, None]
+        point = (1 - alpha) * (here + self.eta * from_here) + alpha * (origin + self.eta * from_origin)
+        return point.clamp(0, 1).view_as(x)
+
+    def result(self, s: engine.State) -> Tensor:
+        found = torch.isfinite(s["norm"])
+        return project(BALLS[self.norm], s["x"], torch.where(per_image(found, s["x"]), s["best"], s["x_adv"]), self.eps)
+
+
+def fab_t(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    targets: int = 9,
+    steps: int = 100,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+    eot: int = 1,
+    early_stop: bool = True,
+    batch_size: int = 128,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """Targeted FAB: towards each of the most likely wrong classes, from the image itself (no random start).
+
+    Args:
+        model: images in [0, 1] -> logits.
+        x: (N, C, H, W) in [0, 1].
+        y: (N,) integer labels.
+        threat: norm and eps; a point counts once it is misclassified within eps.
+        targets: how many target classes (AutoAttack: 9).
+        steps: iterations a target (AutoAttack: 100).
+        alpha_max, eta, beta: published 0.1, 1.05, 0.9.
+        eot, early_stop, batch_size, generator, seed, ids: as in :func:`clipdefense.attacks.pgd.pgd`; nothing random.
+
+    Returns:
+        (N, C, H, W): the point that broke the image, or the nearest one found, projected. Within eps and in [0, 1].
+    """
+    _, names = engine.prepare(model, x, y, seed, generator, ids)
+    if threat.eps == 0 or steps == 0:
+        return x.detach().clone()
+
+    def towards(rank: int, rows: Tensor, target: Tensor) -> engine.Outcome:
+        method = _FAB(threat.norm, threat.eps, steps, alpha_max, eta, beta)
+        return engine.run(
+            model,
+            x[rows],
+            y[rows],
+            method,
+            targeted_margin,
+            ids=names[rows],
+            targets=target,
+            eot=eot,
+            early_stop=early_stop,
+            batch_size=batch_size,
+        )
+
+    return over_targets(model, x, y, targets, towards, batch_size)
