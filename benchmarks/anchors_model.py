@@ -14,12 +14,12 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from clipdefense_timm.tower import MeanCentring, TimmTower
 from torch import Tensor, nn
 
 from clipdefense import EmbeddingTable, ZeroShotClassifier, load_dataset
 from clipdefense.data import ImageDataset
 from clipdefense.weights import read_state_dict
+from clipdefense_timm.tower import MeanCentring, TimmTower
 
 SIDE = 128
 SCALE = 20.0

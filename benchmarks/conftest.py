@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from common import heading
 
-from clipdefense.evaluation.report import write_json
+from clipdefense.files import write_json
+from common import heading
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

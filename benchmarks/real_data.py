@@ -12,14 +12,15 @@ import argparse
 from pathlib import Path
 
 import torch
-from anchors_model import SIDE, Anchors, build, covered
-from clipdefense_ttc.ttc import TTC
-from common import heading
 from rich.console import Console
 
+from anchors_model import SIDE, Anchors, build, covered
 from clipdefense import ThreatModel, ZeroShotClassifier, evaluate, load_dataset
 from clipdefense.data import ImageDataset
 from clipdefense.evaluation import Evaluation, report
+from clipdefense.files import write_json
+from clipdefense_ttc.ttc import TTC
+from common import heading
 
 README_CLEAN = {"caltech101": 37.0, "cifar10": 36.2}  # measured for the data folder's README, 3 seeds, in %
 
@@ -77,7 +78,7 @@ def main() -> None:
     content = heading("real_data", f"python benchmarks/real_data.py --data $CLIPDEFENSE_DATA{options}")
     content["clean_accuracy_of_the_data_readme"] = README_CLEAN
     content["evaluations"] = [result.to_dict() for result in results]
-    report.write_json(args.out, content)
+    write_json(args.out, content)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ import torch
 import torchattacks
 from art.attacks.evasion import ProjectedGradientDescentPyTorch
 from art.estimators.classification import PyTorchClassifier
-from common import Passes, bare_step, interleaved, make_images, make_model
 
 from clipdefense import ThreatModel, attacks
 from clipdefense.attacks.context import frozen
+from common import Passes, bare_step, interleaved, make_images, make_model
 
 
 def test_pgd_time_per_step(size: str, device: str, record: Callable[..., None]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from clipdefense_ttc.ttc import TTC
-from common import Passes, bare_step, interleaved, make_images, make_model
 from torch import Tensor
 
 from clipdefense.attacks.context import frozen
 from clipdefense.classifier import ZeroShotClassifier
+from clipdefense_ttc.ttc import TTC
+from common import Passes, bare_step, interleaved, make_images, make_model
 
 
 def theory(n: int, stable: int, steps: int) -> tuple[list[int], list[int]]:

@@ -171,6 +171,7 @@ def evaluate(
     from clipdefense.evaluation import evaluate as run
     from clipdefense.evaluation import report
     from clipdefense.evaluation.runner import parse_attacks
+    from clipdefense.files import write_json
     from clipdefense.threat import ThreatModel, parse_eps
 
     threat = ThreatModel(norm, parse_eps(eps))  # type: ignore[arg-type]
@@ -189,7 +190,7 @@ def evaluate(
         result = run(classifier, x, y, threat, attacks=specs, **settings)
     Console().print(report.table([result]))
     if out is not None:
-        report.write_json(out, {"data": data, **result.to_dict()})
+        write_json(out, {"data": data, **result.to_dict()})
     if html is not None:
         summary = f"{defense or 'no defence'} on {model}, {data}, {len(x)} images."
         report.write_html(html, report.Page(f"clipdefense: {title}", [summary], [result]))

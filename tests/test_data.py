@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -89,7 +90,9 @@ def test_every_kind_of_image_becomes_rgb() -> None:
         encoded(deep),
         encoded(Image.fromarray(np.dstack([grey, grey]), "LA")),
     ]
-    x, _ = packed(files, [0] * len(files), ["a"]).tensors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x, _ = packed(files, [0] * len(files), ["a"]).tensors()
     threefold = np.dstack([grey] * 3)
     expected = [threefold, PIXELS, few, few, np.dstack([(grey > 127) * 255] * 3), threefold, threefold]
     for image, pixels in zip(x, expected):
@@ -191,6 +194,7 @@ def test_a_sample_is_balanced_sorted_repeatable_and_nested(labels: list[int], da
 def test_samples_of_other_seeds_differ() -> None:
     dataset = numbered(60)
     assert len({tuple(dataset.sample(6, seed).ids.tolist()) for seed in range(8)}) == 8
+    assert {dataset.sample(1, seed).labels.item() for seed in range(30)} == {0, 1, 2}  # no class has the first turn
 
 
 def test_workers_read_it() -> None:

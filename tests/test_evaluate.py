@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from clipdefense_ttc.ttc import TTC
 from torch import Tensor, nn
 
 import clipdefense as cd
@@ -16,6 +15,7 @@ from clipdefense.attacks.context import predict
 from clipdefense.evaluation import AttackSpec, wilson
 from clipdefense.evaluation.runner import literal
 from clipdefense.randomness import draw_seed, uniform
+from clipdefense_ttc.ttc import TTC
 
 THREAT = cd.ThreatModel("linf", 2 / 255, steps=4)
 

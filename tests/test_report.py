@@ -18,10 +18,12 @@ from PIL import Image
 from rich.console import Console
 
 from clipdefense.evaluation import report
-from clipdefense.evaluation.fingerprint import fingerprint, sha256_of_weights
+from clipdefense.evaluation.fingerprint import fingerprint
 from clipdefense.evaluation.runner import Evaluation, Row
 from clipdefense.evaluation.statistics import wilson
+from clipdefense.files import write_json
 from clipdefense.threat import ThreatModel
+from clipdefense.weights import sha256_of_weights
 
 
 def correct(*seeds: str) -> np.ndarray:
@@ -101,7 +103,7 @@ def test_percent_of_none_and_all() -> None:
 
 def test_json_round_trip_keeps_every_verdict(evaluation: Evaluation, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "result.json"
-    report.write_json(path, evaluation.to_dict())
+    write_json(path, evaluation.to_dict())
     read = json.loads(path.read_text())
     assert read == evaluation.to_dict()
     assert read["eps"] == 4 / 255 and read["fingerprint"] == {"seed": 3, "machine": {"gpu": None}}
@@ -116,27 +118,27 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "result.json"
-    report.write_json(path, {"old": 1})
+    write_json(path, {"old": 1})
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        report.write_json(path, {"new": 2})
+        write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
     with pytest.raises(TypeError):
-        report.write_json(path, {"not": {"json"}})
+        write_json(path, {"not": {"json"}})
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
     monkeypatch.undo()
-    report.write_json(path, {"new": 2})
+    write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"new": 2}
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_results_are_as_readable_as_any_file_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
-    report.write_json(tmp_path / "result.json", {})
+    write_json(tmp_path / "result.json", {})
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "result.json")}
     assert len(modes) == 1
 

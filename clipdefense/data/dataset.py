@@ -164,17 +164,15 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         """
         if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= len(self):
             raise UsageError(f"n is {n!r}; a whole number from 1 to {len(self)}, the images there are, is expected.")
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self), generator=generator)
-        turn = torch.randperm(len(self.classes), generator=generator)
-        # rank of each image within its class, in random order: round k takes every class's k-th image
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        # in this order, round k takes every class's k-th image
         seen: Counter[int] = Counter()
-        rank = torch.empty(len(self), dtype=torch.long)
-        for index, label in zip(order.tolist(), self.labels[order].tolist()):
-            rank[index] = seen[label]
+        rounds = []
+        for label in self.labels[order].tolist():
+            rounds.append(seen[label])
             seen[label] += 1
-        key = rank * len(self.classes) + turn[self.labels]
-        return self.select(key.argsort()[:n].sort().values)
+        chosen = order[torch.tensor(rounds).argsort(stable=True)[:n]]
+        return self.select(chosen.sort().values)
 
     def only(self, classes: Sequence[str]) -> ImageDataset:
         """The images of these classes, labels renumbered in the order given.
@@ -281,7 +279,7 @@ def _as_tensor(labels: Any) -> Tensor:
 
 
 def _to_float(pixels: Tensor) -> Tensor:
-    return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.clone()
+    return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
 
 
 def _check_names(names: Sequence[str], dataset: str) -> tuple[str, ...]:

@@ -12,16 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from clipdefense.weights import sha256_of_weights
+
 PACKAGES = ("clipdefense", "torch", "torchvision", "adversarial-robustness-toolbox", "open_clip_torch", "timm", "numpy")
-
-
-def sha256_of_weights(model: nn.Module) -> str:
-    """A hash over names, shapes, dtypes and bytes of every parameter and buffer of the state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _processor() -> str:

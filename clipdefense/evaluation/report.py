@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.markup import escape
@@ -18,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from clipdefense.evaluation.runner import Evaluation, Row
+from clipdefense.files import write_text
 from clipdefense.threat import format_eps
 
 if TYPE_CHECKING:
@@ -54,25 +52,6 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
             shown.add_row(*cells, style="bold" if bottom else None)
         shown.add_section()
     return shown
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # not mkstemp, whose files nobody else may read
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically, indented, keys as they come."""
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -118,7 +97,7 @@ def write_html(path: Path, page: Page) -> None:
         chart=_svg(_draw_curves(page.curves)) if page.curves else "",
         picture=lambda image: _png(image),
     )
-    write_atomically(path, html)
+    write_text(path, html)
 
 
 def _draw_curves(curves: Sequence[Curve]) -> Figure:

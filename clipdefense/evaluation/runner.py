@@ -149,6 +149,7 @@ class Evaluation:
         adaptive: whether an attacker who knows the defence is among them; where not, every robust number is
             "transfer only".
         fingerprint: what the numbers depend on.
+        ids: the images, in the order of the verdicts.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Evaluation:
     rows: tuple[Row, ...]
     adaptive: bool
     fingerprint: dict[str, Any]
+    ids: tuple[int, ...] = ()
 
     @property
     def n(self) -> int:
@@ -191,6 +193,7 @@ class Evaluation:
             "clean": entry(self.clean),
             "attacks": [entry(row) for row in self.rows],
             "worst_case": entry(self.worst_case()),
+            "ids": list(self.ids),
             "fingerprint": self.fingerprint,
         }
 
@@ -254,7 +257,7 @@ def evaluate(
             rows.append(job.attack(spec, threat, label, target, draws, clean))
     adaptive = defense is None or len(job.views) > 0
     facts = fingerprint(model, seed=seed, batch_size=batch_size, attacks=[str(spec) for spec in specs])
-    return Evaluation(title, threat, clean, tuple(rows), adaptive, facts)
+    return Evaluation(title, threat, clean, tuple(rows), adaptive, facts, tuple(ids.tolist()))
 
 
 class _Job:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,43 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipdefense.errors import UsageError
-from clipdefense.evaluation.fingerprint import sha256_of_weights
-from clipdefense.weights import load_strictly, read_sidecar, read_state_dict
+from clipdefense.files import write_atomically, write_json
+from clipdefense.weights import load_strictly, read_sidecar, read_state_dict, sha256_of_weights
 
 if TYPE_CHECKING:
     from clipdefense.classifier import ZeroShotClassifier
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` fills a temporary file in the same folder, which then takes the place of ``path`` in one step.
-
-    Whoever reads ``path``, and whatever kills this process, finds the old content or the new, never a part.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        _flush(temporary)
-        temporary.replace(path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
-
-
-def _flush(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -89,9 +55,8 @@ def save_model(model: ZeroShotClassifier, path: str | Path, **metadata: Any) -> 
         **metadata,
         "versions": {name: version(name) for name in ("clipdefense", "torch", "open_clip_torch", "timm")},
     }
-    text = json.dumps(sidecar, indent=2)
     write_tensors(path, model.state_dict(), {"format": "pt"})
-    write_atomically(sidecar_path(path), lambda temporary: _write_text(temporary, text + "\n"))
+    write_json(sidecar_path(path), sidecar)
     return path
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from clipdefense.attacks.context import attack_mode, predict
 from clipdefense.attacks.pgd import pgd
 from clipdefense.errors import UsageError
-from clipdefense.evaluation.fingerprint import sha256_of_weights
 from clipdefense.training import data, guard
 from clipdefense.training.checkpoint import save_model
 from clipdefense.training.config import TrainingConfig
@@ -25,6 +24,7 @@ from clipdefense.training.progress import TrainingProgress
 from clipdefense.training.runtime import derive_seed, deterministic, generators_kept, on_device
 from clipdefense.training.schedule import learning_rate, total_steps
 from clipdefense.training.state import MODEL_FILE, STATE_FILE, History, Position, load_state, save_state
+from clipdefense.weights import sha256_of_weights
 
 if TYPE_CHECKING:
     from clipdefense.defenses import TrainerDefense

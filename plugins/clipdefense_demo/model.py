@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clipdefense_openclip import loader
-from clipdefense_openclip.text import check_templates
 from open_clip.model import CLIP
 from safetensors import SafetensorError, safe_open
 
@@ -21,10 +19,13 @@ from clipdefense.checks import check_class_names
 from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.data import cache_folder
 from clipdefense.errors import UsageError, unknown_name
-from clipdefense.training.checkpoint import write_atomically, write_tensors
+from clipdefense.files import write_text
+from clipdefense.training.checkpoint import write_tensors
 from clipdefense.weights import load_strictly, read_state_dict
 from clipdefense_demo.digits import CLASSES
 from clipdefense_demo.pretraining import TEMPLATES, Recipe, build, open_clip_config, train
+from clipdefense_openclip import loader
+from clipdefense_openclip.text import check_templates
 
 CACHE_VARIABLE = "CLIPDEFENSE_CACHE"
 SOURCE = "demo:digits"
@@ -72,12 +73,8 @@ class CachedModel:
             OSError: the folder cannot be written to.
         """
         text = json.dumps(open_clip_config(), indent=2) + "\n"
-        write_atomically(self.config, lambda temporary: _write_text(temporary, text))
+        write_text(self.config, text)
         write_tensors(self.weights, clip.state_dict(), {"identity": json.dumps(recipe.identity())})
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def cached_model() -> CachedModel:

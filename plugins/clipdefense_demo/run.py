@@ -19,6 +19,7 @@ from clipdefense.attacks.context import predict
 from clipdefense.defenses import InputDefense
 from clipdefense.evaluation import Evaluation, report
 from clipdefense.evaluation.fingerprint import machine
+from clipdefense.files import write_json
 from clipdefense.threat import format_eps
 from clipdefense_demo.hardened import hardened_digits_clip
 from clipdefense_demo.model import cached_model, digits_clip
@@ -80,7 +81,7 @@ def run(out: Path, *, n: int = 300, quiet: bool = False) -> list[Evaluation]:
     page = _page(evaluations, curves, strips, seconds)
     report.write_html(out / "report.html", page)
     content = {"demo": "clipdefense demo", "seconds": seconds, "machine": machine()}
-    report.write_json(out / "results.json", {**content, "evaluations": [e.to_dict() for e in evaluations]})
+    write_json(out / "results.json", {**content, "evaluations": [e.to_dict() for e in evaluations]})
     for line in page.summary:
         Console().print(line)
     Console().print(f"\nPage: {out / 'report.html'}    JSON: {out / 'results.json'}    ({seconds:.0f} s)")
@@ -95,9 +96,7 @@ def _curves(
     for eps in CURVE_EPS:
         threat = replace(THREAT, eps=eps)
         for name, target, defense in (("plain CLIP", model, None), ("TTC", model, ttc), ("TeCoA", hardened, None)):
-            result = evaluate(
-                target, x, y, threat, attacks=["pgd"], defense=defense, name=name, eot=2, verdict_seeds=2
-            )
+            result = evaluate(target, x, y, threat, attacks=["pgd"], defense=defense, name=name, eot=2, verdict_seeds=2)
             for row in result.rows:
                 label = name if defense is None else f"{name}, {row.attacked.split(',')[0]}"
                 points.setdefault(label, []).append((eps, row.accuracy, *row.interval))
@@ -107,7 +106,7 @@ def _curves(
 def _strips(
     model: ZeroShotClassifier, ttc: InputDefense, x: Tensor, y: Tensor, classes: tuple[str, ...]
 ) -> list[report.Strip]:
-    """The first three images that the model has right and PGD breaks: clean, perturbation, adversarial, counterattack."""
+    """The first three images that PGD breaks: clean, perturbation, adversarial, counterattack, defended."""
     x_adv = attacks.pgd(model, x, y, THREAT, early_stop=False)
     clean, broken = (predict(model, images).argmax(dim=1) for images in (x, x_adv))
     rows = torch.nonzero((clean == y) & (broken != y))[:3, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from clipdefense_timm.tower import cell_features
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from clipdefense.classifier import TokenEmbeddings, ZeroShotClassifier
 from clipdefense.errors import UsageError
+from clipdefense_timm.tower import cell_features
 
 
 class OpenClipTower(nn.Module):

@@ -8,12 +8,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from clipdefense_ttc.ttc import TTC, drift_ratio
 from safetensors.torch import load_file
 from torch import Tensor
 
 from clipdefense import ThreatModel, ZeroShotClassifier, attacks
 from clipdefense.attacks.norms import box
+from clipdefense_ttc.ttc import TTC, drift_ratio
 
 HERE = Path(__file__).parent
 

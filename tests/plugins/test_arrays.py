@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clipdefense_arrays.datasets import pack_images
 from PIL import Image
 
 from clipdefense import load_dataset
 from clipdefense.errors import UsageError
+from clipdefense_arrays.datasets import pack_images
 
 
 def picture(seed: int, width: int = 9, height: int = 7) -> Image.Image:
@@ -150,6 +150,11 @@ def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
     assert dataset.classes == ("cat", "dog") and dataset.labels.tolist() == [0, 1, 1]
     assert [Path(dataset.where(i)).name for i in range(3)] == ["c.png", "a.JPG", "b.png"]
     assert torch.equal(dataset[1][0], as_tensor(picture(0)))
+    for deep in reversed("abcdefgh"):
+        (tmp_path / "nested" / "cat" / deep).mkdir(parents=True)
+        picture(0).save(tmp_path / "nested" / "cat" / deep / "x.png")
+    nested = load_dataset(f"folder:{tmp_path / 'nested'}")
+    assert [Path(nested.where(i)).parent.name for i in range(8)] == list("abcdefgh")
     assert load_dataset(f"folder:{tmp_path}", split="photos").ids.tolist() == [0, 1, 2]
     assert len(load_dataset(f"folder:{root}", n=2).labels.unique()) == 2
     with pytest.raises(UsageError, match="no folder 'val'"):

@@ -16,12 +16,12 @@ from art.defences.preprocessor import FeatureSqueezing
 from art.defences.trainer import AdversarialTrainer
 from art.estimators.classification import BlackBoxClassifier, PyTorchClassifier
 from art.exceptions import EstimatorError
-from clipdefense_art import NativeAttack
 from torch import Tensor, nn
 
 from clipdefense import InputDefense, MissingPackageError, ThreatModel, UsageError, ZeroShotClassifier, get_attack
 from clipdefense.attacks import run
 from clipdefense.attacks.foreign import within_budget
+from clipdefense_art import NativeAttack
 
 LINF = ThreatModel("linf", eps=4 / 255, steps=4)
 L2 = ThreatModel("l2", eps=0.5, steps=4)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from clipdefense_demo.digits import CLASSES, SPLITS, load, load_digits_images, split_indices
-from clipdefense_demo.model import CachedModel, cached_model, digits_clip
-from clipdefense_demo.pretraining import TEMPLATES, Recipe, open_clip_config, train
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 import clipdefense as cd
 from clipdefense.checks import check_images
+from clipdefense_demo.digits import CLASSES, SPLITS, load, load_digits_images, split_indices
+from clipdefense_demo.model import CachedModel, cached_model, digits_clip
+from clipdefense_demo.pretraining import TEMPLATES, Recipe, open_clip_config, train
 
 SHORT = Recipe(epochs=1, batch_size=128)
 
@@ -52,7 +53,7 @@ def test_the_split_covers_every_image_once_with_every_class_in_proportion() -> N
 
 def test_no_image_is_in_two_parts() -> None:
     flat = {split: load_digits_images(split)[0].flatten(1) for split in SPLITS}
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+    for one, other in combinations(SPLITS, 2):
         assert torch.cdist(flat[one], flat[other]).min() > 0
 
 
@@ -88,10 +89,13 @@ def test_dataset_mistakes_are_named() -> None:
         load_digits_images("validation")  # type: ignore[arg-type]
 
 
-def test_training_learns_repeats_and_leaves_the_callers_generator_alone() -> None:
-    before = torch.get_rng_state()
+def test_training_repeats_and_leaves_the_callers_generator_and_threads_alone() -> None:
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
     clip = train(SHORT, progress=False)
+    torch.set_num_threads(threads + 1)
     again = train(SHORT, progress=False)
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
     assert (torch.get_rng_state() == before).all()
     assert all(torch.equal(a, b) for a, b in zip(clip.state_dict().values(), again.state_dict().values()))
     other = train(Recipe(epochs=1, batch_size=128, seed=1), progress=False)

@@ -10,13 +10,13 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from clipdefense_openclip.activation import Release, check_activation, evidence_of_tag, identify, releases
-from clipdefense_openclip.architecture import find_architecture
-from clipdefense_openclip.checkpoint import locate
 from safetensors.torch import save_file
 
 from clipdefense import load_model
 from clipdefense.errors import UsageError
+from clipdefense_openclip.activation import Release, check_activation, evidence_of_tag, identify, releases
+from clipdefense_openclip.architecture import find_architecture
+from clipdefense_openclip.checkpoint import locate
 
 NAMES = ["cat", "dog"]
 CONFIG = {
@@ -127,6 +127,10 @@ def test_the_description_beside_a_file_counts(tmp_path: Path) -> None:
     beside.write_text(json.dumps({"model_cfg": CONFIG | {"quick_gelu": True}}))
     with pytest.raises(UsageError, match=r"open_clip_config\.json says quick_gelu"):
         load_model(spec, NAMES)
+    (tmp_path / "model" / "clip.pt").rename(tmp_path / "model" / "openai.pt")
+    beside.write_text(json.dumps({"model_cfg": CONFIG}))  # knows better than a name
+    assert load_model(spec.replace("clip.pt", "openai.pt"), NAMES).image_size == 32
+    (tmp_path / "model" / "openai.pt").rename(tmp_path / "model" / "clip.pt")
     beside.unlink()
     sidecar = {"format": "clipdefense-model", "version": 1, "source": "open_clip:ViT-B-32-quickgelu@openai"}
     (tmp_path / "model" / "clip.pt.json").write_text(json.dumps(sidecar))

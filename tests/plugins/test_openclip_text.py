@@ -8,9 +8,9 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from clipdefense_openclip.text import TextEncoder
 
 from clipdefense.errors import UsageError
+from clipdefense_openclip.text import TextEncoder
 
 NAMES = ["cat", "dog", "aquarium fish"]
 TEMPLATES = ["a {}", "the {}", "{} and {}"]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from art.defences.trainer import Trainer
-from clipdefense_tecoa.tecoa import TeCoA, tecoa_loss
 from torch import Tensor
 
 import clipdefense as cd
@@ -18,6 +17,7 @@ from clipdefense.attacks.pgd import pgd
 from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.errors import UsageError
 from clipdefense.training.schedule import learning_rate, warmup_steps
+from clipdefense_tecoa.tecoa import TeCoA, tecoa_loss
 
 QUIET: dict[str, Any] = {"show_progress": False}
 

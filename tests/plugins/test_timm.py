@@ -11,8 +11,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from clipdefense_timm.anchors import read_embedding_table
-from clipdefense_timm.tower import MeanCentring, TimmTower, cell_features
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,6 +18,8 @@ from clipdefense import EmbeddingTable, ZeroShotClassifier, load_model
 from clipdefense.errors import UsageError
 from clipdefense.training.checkpoint import save_model
 from clipdefense.weights import load_strictly, read_state_dict
+from clipdefense_timm.anchors import read_embedding_table
+from clipdefense_timm.tower import MeanCentring, TimmTower, cell_features
 
 NAMES = [f"thing {i}" for i in range(6)]
 NET, WIDTH, DIM = "mobilenetv2_035", 1280, 16
@@ -193,6 +193,10 @@ def test_a_trunk_and_a_projection_in_two_files(tower: TimmTower, images: Tensor,
     assert torch.allclose(model.tower(images), tower(images), atol=1e-5)
     with pytest.raises(UsageError, match=r"has no projection.*projection="):
         load_model(spec, NAMES, embeddings=str(anchors))
+    torch.save(tower.trunk.state_dict() | {"extra.weight": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(UsageError, match=r"1 unknown\): trunk\.extra\.weight is not in the model"):
+        other = f"timm:{NET}@{tmp_path / 'other.pt'}"
+        load_model(other, NAMES, embeddings=str(anchors), projection=str(tmp_path / "rest.safetensors"), **OPTIONS)
     save_file({"weight": torch.zeros(DIM, WIDTH)}, tmp_path / "bare.safetensors")
     bare = load_model(spec, NAMES, embeddings=str(anchors), projection=str(tmp_path / "bare.safetensors"))
     assert bare.tower.projection.bias is None and bare.tower.feature_mean is None

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torchattacks
-from clipdefense_torchattacks import NativeAttack
-from clipdefense_torchattacks.bridge import make
 from torch import Tensor, nn
 
 from clipdefense import ThreatModel, UsageError, ZeroShotClassifier, get_attack
 from clipdefense.attacks import run
 from clipdefense.attacks.foreign import within_budget
+from clipdefense_torchattacks import NativeAttack
+from clipdefense_torchattacks.bridge import make
 
 LINF = ThreatModel("linf", eps=4 / 255, steps=4)
 L2 = ThreatModel("l2", eps=0.5, steps=4)

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clipdefense_torchvision.datasets import TABLE, default_root, load
 from torchvision import datasets
 
 from clipdefense import load_dataset
 from clipdefense.errors import UsageError
+from clipdefense_torchvision.datasets import TABLE, default_root, load
 
 NAMES = {
     "cifar10": ["airplane", "automobile", "bird"],

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from art.attacks.evasion import AutoProjectedGradientDescent, ProjectedGradientDescent
-from clipdefense_ttc.ttc import TTC, drift_loss, drift_ratio, iterate_weights
 from torch import Tensor, nn
 
 import clipdefense as cd
 from clipdefense.attacks.norms import box
+from clipdefense_ttc.ttc import TTC, drift_loss, drift_ratio, iterate_weights
 
 
 class LinearTower(nn.Module):

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
-from clipdefense_tecoa.tecoa import TeCoA
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from clipdefense_tecoa.tecoa import TeCoA
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_tiny_model

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clipdefense_tecoa.tecoa import TeCoA
 
-from clipdefense.evaluation.fingerprint import sha256_of_weights
 from clipdefense.training.state import STATE_FILE
+from clipdefense.weights import sha256_of_weights
+from clipdefense_tecoa.tecoa import TeCoA
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_tiny_model

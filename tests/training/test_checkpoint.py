@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from clipdefense_tecoa.tecoa import TeCoA
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.errors import UsageError
-from clipdefense.evaluation.fingerprint import sha256_of_weights
-from clipdefense.training.checkpoint import load_weights, save_model, write_atomically
+from clipdefense.files import write_atomically
+from clipdefense.training.checkpoint import load_weights, save_model
 from clipdefense.training.state import STATE_FILE
-from clipdefense.weights import read_sidecar
+from clipdefense.weights import read_sidecar, sha256_of_weights
+from clipdefense_tecoa.tecoa import TeCoA
 
 Make = Callable[..., ZeroShotClassifier]
 QUIET: dict[str, Any] = {"show_progress": False, "measure_every": 0, "lr": 1e-3, "batch_size": 4}

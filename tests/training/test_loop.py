@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from art.data_generators import NumpyDataGenerator
-from clipdefense_tecoa.tecoa import TeCoA
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,6 +23,7 @@ from clipdefense.estimator import CLIPClassifier
 from clipdefense.training.guard import DivergedError
 from clipdefense.training.parameters import training_only
 from clipdefense.training.runtime import derive_seed
+from clipdefense_tecoa.tecoa import TeCoA
 
 QUIET: dict[str, Any] = {"show_progress": False, "measure_every": 0, "warmup_steps": 0}
 Make = Callable[..., ZeroShotClassifier]
