@@ -50,8 +50,11 @@ def judge(model: ZeroShotClassifier, data: ImageDataset, name: str, args: argpar
             threat,
             attacks=["pgd,steps=10", f"apgd-ce,steps={args.steps}"],
             defense=defense,
+            views=None if defense is None else ["bpda-eot"],
+            cumulative=True,
             name=f"{name}: {title}",
             eot=args.eot,
+            verdict_seeds=args.verdict_seeds,
             batch_size=64,
             progress=console.print,
         )
@@ -66,6 +69,7 @@ def main() -> None:
     parser.add_argument("--n-cifar", type=int, default=300, help="CIFAR-10 images, drawn evenly over the classes")
     parser.add_argument("--steps", type=int, default=100, help="of APGD-CE")
     parser.add_argument("--eot", type=int, default=2, help="gradient draws a step on TTC's adaptive view")
+    parser.add_argument("--verdict-seeds", type=int, default=3, help="draws that judge TTC")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
@@ -74,7 +78,7 @@ def main() -> None:
     for name, data in datasets(args.data, trained, args.n_cifar).items():
         results += judge(model, data, name, args)
     Console(width=160).print(report.table(results))
-    options = f" --n-cifar {args.n_cifar} --steps {args.steps} --eot {args.eot}"
+    options = f" --n-cifar {args.n_cifar} --steps {args.steps} --eot {args.eot} --verdict-seeds {args.verdict_seeds}"
     content = heading("real_data", f"python benchmarks/real_data.py --data $CLIPDEFENSE_DATA{options}")
     content["clean_accuracy_of_the_data_readme"] = README_CLEAN
     content["evaluations"] = [result.to_dict() for result in results]

@@ -151,6 +151,12 @@ def evaluate(
     n: Count = None,
     split: Split = None,
     size: Size = None,
+    view: Annotated[
+        list[str] | None, typer.Option("--view", help="An adaptive view of the defence, repeatable; all otherwise.")
+    ] = None,
+    cumulative: Annotated[
+        bool, typer.Option("--cumulative", help="Each attack only on images that those before it left standing.")
+    ] = False,
     eot: Annotated[int | None, typer.Option("--eot", min=1, help="Gradient draws a step on adaptive views.")] = None,
     verdict_seeds: Annotated[int, typer.Option(min=1, help="Draws that judge a randomised defence.")] = 5,
     seed: Seed = 0,
@@ -183,7 +189,8 @@ def evaluate(
     classifier, images = _load(model, data, n, seed, split, size, target)
     chosen = None if cls is None else _construct(cls, str(defense), classifier, **_options(option))
     title = defense or model
-    settings: dict[str, Any] = {"eot": eot, "verdict_seeds": verdict_seeds, "seed": seed, "batch_size": batch_size}
+    settings: dict[str, Any] = {"views": view, "cumulative": cumulative}
+    settings |= {"eot": eot, "verdict_seeds": verdict_seeds, "seed": seed, "batch_size": batch_size}
     with Console(stderr=True, quiet=quiet).status("loading") as status:
         x, y = (tensor.to(target) for tensor in images.tensors())
         settings |= {"defense": chosen, "name": title, "ids": images.ids, "progress": status.update}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clipdefense.attacks.context import check_finite, predict
 from clipdefense.attacks.engine import prepare
-from clipdefense.defenses import TestTimeDefense, ViewModule
+from clipdefense.defenses import AttackView, TestTimeDefense, ViewModule
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.evaluation.fingerprint import fingerprint
 from clipdefense.evaluation.statistics import Interval, wilson
@@ -206,6 +206,8 @@ def evaluate(
     *,
     attacks: Sequence[str | AttackSpec] = ("pgd,steps=10", "apgd-ce"),
     defense: TestTimeDefense | None = None,
+    views: Sequence[str] | None = None,
+    cumulative: bool = False,
     name: str = "",
     eot: int | None = None,
     verdict_seeds: int = 5,
@@ -224,6 +226,10 @@ def evaluate(
         attacks: names with options, see :class:`AttackSpec`. Each runs on the model, and for a defence on each of
             its adaptive views too.
         defense: a test-time defence; None judges the model itself.
+        views: names of the defence's adaptive views to attack; None takes all.
+        cumulative: on each thing attacked, an attack gets only the images that those before it left standing, and
+            its row says what is left after all of them (as AutoAttack counts). The worst case is the same, the time
+            much shorter.
         name: for the report; the class name when empty.
         eot: gradient draws a step on adaptive views; None takes each view's own number.
         verdict_seeds: draws over which a randomised defence is judged.
@@ -246,18 +252,32 @@ def evaluate(
         )
     specs = parse_attacks(attacks, threat)
     title = name or type(model if defense is None else defense).__name__
-    job = _Job(model, defense, x, y, ids, seed, verdict_seeds, eot, batch_size, keep_adversarial)
+    job = _Job(model, defense, views, x, y, ids, seed, verdict_seeds, eot, batch_size, keep_adversarial)
 
     clean = Row("none", "nothing", job.verdicts(x))
     rows = []
     for label, target, draws in job.targets():
+        standing = clean
         for spec in specs:
             if progress is not None:
                 progress(f"{title}: {spec} on {label}")
-            rows.append(job.attack(spec, threat, label, target, draws, clean))
+            row = job.attack(spec, threat, label, target, draws, standing)
+            if cumulative:
+                after = f"{'+ ' if standing is not clean else ''}{row.attack}"
+                row = standing = replace(row, attack=after, correct=row.correct & standing.correct)
+            rows.append(row)
     adaptive = defense is None or len(job.views) > 0
     facts = fingerprint(model, seed=seed, batch_size=batch_size, attacks=[str(spec) for spec in specs])
     return Evaluation(title, threat, clean, tuple(rows), adaptive, facts, tuple(ids.tolist()))
+
+
+def _select(views: tuple[AttackView, ...], names: Sequence[str] | None) -> tuple[AttackView, ...]:
+    """The views of these names, in their own order; all of them for None."""
+    known = [view.name for view in views]
+    for name in names or ():
+        if name not in known:
+            raise unknown_name("view", name, known)
+    return tuple(view for view in views if names is None or view.name in names)
 
 
 class _Job:
@@ -267,6 +287,7 @@ class _Job:
         self,
         model: nn.Module,
         defense: TestTimeDefense | None,
+        views: Sequence[str] | None,
         x: Tensor,
         y: Tensor,
         ids: Tensor,
@@ -281,7 +302,7 @@ class _Job:
         self.randomized = defense is not None and defense.traits.randomized
         self.seeds = range(seed, seed + verdict_seeds) if self.randomized else range(seed, seed + 1)
         self.judge = model if defense is None else defense.wrap(model)
-        self.views = () if defense is None else defense.adaptive(model)
+        self.views = () if defense is None else _select(defense.adaptive(model), views)
 
     def targets(self) -> list[tuple[str, nn.Module, int]]:
         """(label, module to attack, EOT draws)."""
@@ -304,9 +325,9 @@ class _Job:
         return np.stack(correct)
 
     def attack(
-        self, spec: AttackSpec, threat: ThreatModel, label: str, target: nn.Module, draws: int, clean: Row
+        self, spec: AttackSpec, threat: ThreatModel, label: str, target: nn.Module, draws: int, standing: Row
     ) -> Row:
-        """Attack every image that is right on some seed, and judge the result."""
+        """Attack every image that is still right on some seed, and judge the result."""
         function, budget, options = spec.bind(threat)
         parameters = inspect.signature(function).parameters
         common: dict[str, Any] = {"seed": self.seed, "batch_size": self.batch_size}
@@ -317,7 +338,7 @@ class _Job:
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         common = {k: v for k, v in common.items() if k in parameters or (open_ended and k == "batch_size")}
         x_adv = self.x.clone()
-        rows = torch.from_numpy(clean.correct.any(axis=0)).to(self.x.device)
+        rows = torch.from_numpy(standing.correct.any(axis=0)).to(self.x.device)
         if rows.any():
             x_adv[rows] = function(target, self.x[rows], self.y[rows], budget, ids=self.ids[rows], **(common | options))
         return Row(str(spec), label, self.verdicts(x_adv), x_adv.cpu() if self.keep else None)

@@ -17,6 +17,11 @@ def register_datasets(register):  # type: ignore[no-untyped-def]
 
 
 @hookimpl
+def register_commands(register):  # type: ignore[no-untyped-def]
+    register("demo", "clipdefense_demo.command:demo", summary="attack a small CLIP, defend it, read the verdict")
+
+
+@hookimpl
 def register_models(register):  # type: ignore[no-untyped-def]
     register(
         "demo",

@@ -23,12 +23,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipdefense.attacks.context import attack_mode, frozen
-from clipdefense.attacks.norms import box
+from clipdefense.attacks.norms import box, per_image
 from clipdefense.defenses import AttackView, InputDefense, Traits
 from clipdefense.errors import UsageError, unknown_name
-from clipdefense.randomness import uniform
+from clipdefense.randomness import draw_seed, uniform
 
 
 def drift_ratio(f_noisy: Tensor, f_clean: Tensor) -> Tensor:
@@ -174,9 +175,56 @@ class TTC(InputDefense):
         with frozen(judge):
             return torch.cat([drift_ratio(judge.embed(part + d_0), judge.embed(part)) for part, d_0 in parts])
 
+    def smoothed(self, x: Tensor, noise: Tensor, *, kappa: float = 1.0) -> Tensor:
+        """x + D with a gradient through D: every step of the method made differentiable, and unrolled.
+
+        ``sign(G)`` becomes ``tanh(kappa G / mean|G|)`` and the gate ``r < tau`` a sigmoid of width ``tau / 4``. Needs
+        the second derivative of f, so attention runs on its plain kernel.
+
+        Args:
+            x: (N, C, H, W) in [0, 1], differentiable.
+            noise: d_0 before the box.
+            kappa: sharpness; larger is nearer to the sign and has less gradient.
+        """
+        with sdpa_kernel(SDPBackend.MATH):
+            d_k = box(x, noise)
+            f_clean, judge = self.model.embed(x), self.model if self.reference is None else self.reference
+            f_perturbed = self.model.embed(x + d_k)
+            same = judge is self.model
+            r = drift_ratio(f_perturbed if same else judge.embed(x + d_k), f_clean if same else judge.embed(x))
+            gate = per_image(torch.sigmoid((self.threshold - r) / max(self.threshold / 4, 1e-6)), x)
+            benign = d_k if self.benign == "noise" else torch.zeros_like(d_k)
+            weights = iterate_weights(self.steps, self.beta).to(x)
+            total = weights[0] * d_k
+            for k in range(self.steps):
+                loss = drift_loss(f_perturbed, f_clean).sum()
+                (gradient,) = torch.autograd.grad(loss, d_k, create_graph=True)
+                scale = per_image(gradient.detach().abs().flatten(1).mean(dim=1), x).clamp_min(1e-30)
+                step = self.step_size * torch.tanh(kappa * gradient / scale)
+                d_k = box(x, (d_k + step).clamp(-self.eps, self.eps))
+                total = total + weights[k + 1] * d_k
+                if k + 1 < self.steps:
+                    f_perturbed = self.model.embed(x + d_k)
+            return x + gate * total + (1 - gate) * benign
+
     def adaptive(self, model: nn.Module) -> tuple[AttackView, ...]:
-        """BPDA with EOT: D is piecewise constant in x, so the straight-through gradient is exact off the box."""
-        return (AttackView("bpda-eot", lambda x, generator: self.bpda(model, x, generator), eot=20),)
+        """What an attacker who knows TTC differentiates, both averaged over draws of the noise:
+
+        * ``bpda-eot``: the straight-through gradient. D is piecewise constant in x, so off the box this is the exact
+          gradient, and yet a weak guide: it cannot see how D turns when x moves.
+        * ``smoothed``: the unrolled counterattack of :meth:`smoothed`, which can.
+        """
+
+        def smoothed(x: Tensor, generator: torch.Generator) -> Tensor:
+            ids = torch.arange(len(x), device=x.device)
+            with torch.enable_grad():
+                leaf = x if x.requires_grad else x.detach().requires_grad_(True)
+                return model(self.smoothed(leaf, self.draw(x.detach(), ids, draw_seed(generator))))
+
+        return (
+            AttackView("bpda-eot", lambda x, generator: self.bpda(model, x, generator), eot=20),
+            AttackView("smoothed", smoothed, eot=20),
+        )
 
 
 def _encoder(model: Any, argument: str) -> nn.Module:

@@ -211,7 +211,7 @@ def test_view_gradient_is_the_gradient_at_the_defended_image(
     tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor
 ) -> None:
     ttc = TTC(tiny_model, threshold=1e9)
-    (view,) = ttc.adaptive(tiny_model)
+    view, _ = ttc.adaptive(tiny_model)
     assert view.eot > 1
     x = images.clone().requires_grad_(True)
     loss = nn.functional.cross_entropy(view.forward(x, torch.Generator().manual_seed(3)), labels)
