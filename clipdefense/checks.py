@@ -12,8 +12,8 @@ from torch import Tensor
 from clipdefense.errors import UsageError
 
 
-def check_images(x: Tensor, argument: str = "x", channels: int | None = None) -> None:
-    """Require float images, shape (N, C, H, W), N >= 1, finite, in [0, 1].
+def check_batch(x: Tensor, argument: str = "x", channels: int | None = None) -> None:
+    """Require a float tensor of shape (N, C, H, W), N >= 1; the values are not looked at, which costs nothing.
 
     Args:
         x: the images.
@@ -35,6 +35,11 @@ def check_images(x: Tensor, argument: str = "x", channels: int | None = None) ->
         raise UsageError(
             f"{argument} has {x.shape[1]} channels, shape {tuple(x.shape)}; {channels} are expected{advice}."
         )
+
+
+def check_images(x: Tensor, argument: str = "x", channels: int | None = None) -> None:
+    """Require float images, shape (N, C, H, W), N >= 1, finite, in [0, 1]; arguments as :func:`check_batch`."""
+    check_batch(x, argument, channels)
     low, high = (float(value) for value in x.detach().aminmax())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise UsageError(f"{argument} contains NaN or infinite values; finite pixels in [0, 1] are expected.")

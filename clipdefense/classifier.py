@@ -10,13 +10,14 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipdefense.checks import check_class_names
+from clipdefense.checks import check_batch, check_class_names
 from clipdefense.errors import UsageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -113,8 +114,11 @@ class ClassHead(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(N, D) image embeddings -> (N, C) logits, float32, or float64 for float64 embeddings."""
-        unit = F.normalize(embedding, dim=1)
-        return self.scale.to(unit.dtype) * unit @ self.anchors.to(unit.dtype).T
+        kind = embedding.device.type
+        exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with exact:  # bf16 cosines times 100 are off by halves
+            unit = F.normalize(embedding, dim=1)
+            return self.scale.to(unit.dtype) * unit @ self.anchors.to(unit.dtype).T
 
     def _apply(self, *args: Any, **kwargs: Any) -> ClassHead:
         super()._apply(*args, **kwargs)
@@ -214,7 +218,11 @@ class ZeroShotClassifier(nn.Module):
 
         Returns:
             (N, 3, S, S). Images that already have side S are not resampled.
+
+        Raises:
+            UsageError: integers, another rank or channel count, or no images; the values are not looked at.
         """
+        check_batch(x, channels=self.mean.numel())
         x = x.to(torch.promote_types(self.dtype, torch.float32))
         size = (self.image_size, self.image_size)
         if x.shape[-2:] != size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_options
 from clipdefense.plugins import KINDS, registry
 
 if TYPE_CHECKING:
     from clipdefense.classifier import ZeroShotClassifier
     from clipdefense.data import ImageDataset
+    from clipdefense.evaluation import Evaluation
 
 Model = Annotated[
     str,
@@ -26,7 +27,7 @@ Data = Annotated[str, typer.Option("--data", "-d", help="plugin:name, e.g. torch
 Count = Annotated[int | None, typer.Option("--n", min=1, help="Number of images, drawn evenly over the classes.")]
 Eps = Annotated[str, typer.Option("--eps", help="Radius in [0, 1] pixels, e.g. 1/255.")]
 NormName = Annotated[str, typer.Option("--norm", help="linf or l2.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of images drawn, attacks and defence noise.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Of images drawn, attacks and defence noise.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; a GPU when there is one.")]
 Split = Annotated[str | None, typer.Option("--split", help="train or test, where the data set has both.")]
 Size = Annotated[int | None, typer.Option("--size", min=1, help="Resize and crop to this side; native otherwise.")]
@@ -55,7 +56,7 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {name!r} cannot be used here ({reason}); cpu always can.") from error
@@ -72,17 +73,12 @@ def _load(
     images = load_dataset(data, **{key: value for key, value in given.items() if value is not None})
     if n is not None:
         images = images.sample(n, seed=seed)
-    return load_model(model, classes=images.classes).to(device), images
+    return load_model(model, classes=images.classes, device=device), images
 
 
 def _construct(cls: Any, name: str, *args: Any, **options: Any) -> Any:
     """Build a defence from options that a user typed: a misspelt one is the user's mistake, not a crash."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for option in options:
-            if option not in known:
-                raise unknown_name(f"option of {name!r}", option, known)
+    check_options(cls.__init__, options, f"option of {name!r}", given=1 + len(args))
     try:
         return cls(*args, **options)
     except TypeError as error:
@@ -175,32 +171,49 @@ def evaluate(
     from rich.console import Console
 
     from clipdefense.evaluation import evaluate as run
-    from clipdefense.evaluation import report
     from clipdefense.evaluation.runner import parse_attacks
-    from clipdefense.files import write_json
     from clipdefense.threat import ThreatModel, parse_eps
 
     threat = ThreatModel(norm, parse_eps(eps))  # type: ignore[arg-type]
     specs = parse_attacks(attack or ("pgd,steps=10", "apgd-ce"), threat)
     target = _device(device)
-    if option and defense is None:
-        raise UsageError("--option is for a defence; name one with --defense, or put attack options behind --attack.")
+    for flag, given in (("--option", option), ("--view", view), ("--eot", eot)):
+        if given and defense is None:
+            raise UsageError(f"{flag} is for a defence; name one with --defense, or put an attack's behind --attack.")
+    _check_places(out, html)
     cls = None if defense is None else _kind(defense, "test-time")
     classifier, images = _load(model, data, n, seed, split, size, target)
     chosen = None if cls is None else _construct(cls, str(defense), classifier, **_options(option))
-    title = defense or model
     settings: dict[str, Any] = {"views": view, "cumulative": cumulative}
     settings |= {"eot": eot, "verdict_seeds": verdict_seeds, "seed": seed, "batch_size": batch_size}
     with Console(stderr=True, quiet=quiet).status("loading") as status:
         x, y = (tensor.to(target) for tensor in images.tensors())
-        settings |= {"defense": chosen, "name": title, "ids": images.ids, "progress": status.update}
+        settings |= {"defense": chosen, "name": defense or model, "ids": images.ids, "progress": status.update}
         result = run(classifier, x, y, threat, attacks=specs, **settings)
+    summary = f"{defense or 'no defence'} on {model}, {data}, {len(x)} images."
+    _publish(result, summary, {"data": data, "split": split, "size": size}, out, html)
+
+
+def _check_places(*places: Path | None) -> None:
+    """Results can be written where they are to go, so that nothing is lost after an hour's work."""
+    for place in filter(None, places):
+        nearest = next(folder for folder in place.absolute().parents if folder.exists())
+        if not nearest.is_dir() or not os.access(place if place.exists() else nearest, os.W_OK):
+            raise UsageError(f"{str(place)!r} cannot be written; name a place where it can.")
+
+
+def _publish(result: Evaluation, summary: str, of: dict[str, Any], out: Path | None, html: Path | None) -> None:
+    """The table on the screen, the JSON and the page where they were asked for."""
+    from rich.console import Console
+
+    from clipdefense.evaluation import report
+    from clipdefense.files import write_json
+
     Console().print(report.table([result]))
     if out is not None:
-        write_json(out, {"data": data, **result.to_dict()})
+        write_json(out, {**of, **result.to_dict()})
     if html is not None:
-        summary = f"{defense or 'no defence'} on {model}, {data}, {len(x)} images."
-        report.write_html(html, report.Page(f"clipdefense: {title}", [summary], [result]))
+        report.write_html(html, report.Page(f"clipdefense: {result.name}", [summary], [result]))
 
 
 def train(
@@ -237,6 +250,7 @@ def train(
     from clipdefense.training.state import MODEL_FILE
 
     cls = _kind(method, "trainer")
+    _check_places(out)
     given = {"norm": norm, "eps": None if eps is None else parse_eps(eps), "steps": attack_steps}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if changes:

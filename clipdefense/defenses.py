@@ -6,15 +6,15 @@ import abc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.defences.trainer import Trainer
 from torch import Tensor, nn
 
-from clipdefense.checks import check_images
-from clipdefense.errors import UsageError
+from clipdefense.checks import check_batch, check_images
+from clipdefense.errors import UsageError, check_options
 from clipdefense.randomness import draw_seed
 from clipdefense.threat import ThreatModel
 
@@ -90,6 +90,10 @@ class TestTimeDefense(abc.ABC):
     __test__ = False  # the name is not a pytest class
     traits: ClassVar[Traits] = Traits()
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        check_options(cls.__init__, options, f"option of {cls.__name__}", given=1 + len(args))
+        return super().__new__(cls)
+
     @abc.abstractmethod
     def wrap(self, model: nn.Module) -> nn.Module:
         """The defended classifier: a module from images in [0, 1] to logits, for torchattacks and everything else.
@@ -135,6 +139,8 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):
     def __init__(self, *, seed: int = 0, batch_size: int = 128) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size is {batch_size!r}; a whole number of at least 1 is expected.")
+        if not isinstance(seed, int):
+            raise UsageError(f"seed is {seed!r}; a whole number is expected.")
         super().__init__(device_type="gpu", is_fitted=True, apply_fit=False, apply_predict=True)
         self.seed = seed
         self.batch_size = batch_size
@@ -177,9 +183,12 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):
         return self._perturbation(x, noise, ids, seed)
 
     def _perturbation(self, x: Tensor, noise: Tensor | None, ids: Tensor | None, seed: int | None) -> Tensor:
-        """Unchecked: attacks of other libraries step outside [0, 1] by rounding, and must not fail inside."""
+        """Any values: attacks of other libraries step outside [0, 1] by rounding, and must not fail inside."""
+        check_batch(x)
         if ids is None and noise is None:
             ids = self._number(x)
+        if ids is not None and (ids.shape != x.shape[:1] or ids.is_floating_point()):
+            raise UsageError(f"ids has shape {tuple(ids.shape)}, {ids.dtype}; one integer an image is expected.")
         parts = []
         # an inference tensor cannot enter autograd, and the defence may need gradients of its own
         with torch.inference_mode(False), torch.no_grad():
@@ -321,18 +330,9 @@ class TrainerDefense(Trainer):
         """
         from clipdefense.attacks.pgd import pgd
 
-        x_adv = pgd(
-            self.model,
-            batch["x"],
-            batch["y"],
-            self.threat,
-            objective=self.attack_objective(batch),
-            early_stop=False,
-            batch_size=len(batch["x"]),
-            seed=seed,
-            ids=batch["ids"],
-        )
-        return {"x_adv": x_adv}
+        x, y = batch["x"], batch["y"]
+        every: dict[str, Any] = {"early_stop": False, "batch_size": len(x), "seed": seed, "ids": batch["ids"]}
+        return {"x_adv": pgd(self.model, x, y, self.threat, objective=self.attack_objective(batch), **every)}
 
     def begin(self) -> None:
         """Called once a fit, with the original weights on the training device; the place to copy a frozen model."""

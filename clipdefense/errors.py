@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -35,3 +37,21 @@ def unknown_name(argument: str, got: str, known: Iterable[str], advice: str = ""
     else:
         hint = "none is registered."
     return UsageError(f"{argument} {got!r} is unknown; {hint}{' ' + advice if advice else ''}")
+
+
+def check_options(function: Callable[..., Any], options: Iterable[str], argument: str, given: int = 0) -> None:
+    """Require each option to be a keyword that the function has; one with ``**keywords`` looks after its own.
+
+    Args:
+        function: what gets the options.
+        options: their names.
+        argument: what an option is, for the message, e.g. ``"option of model 'timm'"``.
+        given: how many of the function's first parameters are given by position, and so are no options.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[given:]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for option in options:
+        if option not in known:
+            raise unknown_name(argument, option, known)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any
 import pluggy
 
 from clipdefense import hookspecs
-from clipdefense.errors import MissingPackageError, UsageError, unknown_name
+from clipdefense.errors import MissingPackageError, UsageError, check_options, unknown_name
 
 KINDS = ("models", "defenses", "attacks", "datasets", "commands")
 
@@ -251,27 +252,47 @@ def get_attack(name: str) -> Any:
     return known.find("attacks", name).load()
 
 
-def load_model(spec: str, classes: Any = None, **options: Any) -> Any:
+def load_model(spec: str, classes: Any = None, *, device: Any = None, **options: Any) -> Any:
     """Load a zero-shot classifier.
 
     Args:
         spec: ``plugin:name[@weights]``; weights are a tag, a path or ``hf-hub:org/name``, as the plugin understands.
         classes: class names, in the order of the labels; None where the weights bring their own.
-        options: passed on to the plugin (``templates``, ``device``, ...).
+        device: where it goes, such as ``"cuda:1"``; None leaves that to the plugin.
+        options: passed on to the plugin (``templates``, ``dtype``, ...).
 
     Returns:
         A :class:`clipdefense.ZeroShotClassifier` in eval mode.
+
+    Raises:
+        UsageError: an unknown plugin, or an option that it does not have, with the nearest names; and whatever the
+            plugin finds wrong.
     """
     contribution, rest = split_spec("models", spec)
     name, _, weights = rest.partition("@")
-    return contribution.load()(name, weights or None, classes=classes, **options)
+    loader = contribution.load()
+    check_options(loader, options, f"option of model {contribution.name!r}", given=2)
+    if device is not None and "device" in inspect.signature(loader).parameters:
+        return loader(name, weights or None, classes=classes, device=device, **options)
+    model = loader(name, weights or None, classes=classes, **options)
+    return model if device is None else model.to(device)
 
 
 def load_dataset(spec: str, **options: Any) -> Any:
     """Load labelled images: ``plugin:rest``, e.g. ``"npz:path/to/images.npz"``.
 
+    Args:
+        spec: which plugin, and what it is to load.
+        options: passed on to the plugin (``split``, ``n``, ``size``, ...).
+
     Returns:
         A :class:`clipdefense.data.ImageDataset`.
+
+    Raises:
+        UsageError: an unknown plugin, or an option that it does not have, with the nearest names; and whatever the
+            plugin finds wrong.
     """
     contribution, rest = split_spec("datasets", spec)
-    return contribution.load()(rest, **options)
+    loader = contribution.load()
+    check_options(loader, options, f"option of dataset {contribution.name!r}", given=1)
+    return loader(rest, **options)

@@ -20,6 +20,7 @@ from clipdefense.classifier import (
     TokenEmbeddings,
     ZeroShotClassifier,
 )
+from clipdefense.defenses import InputDefense
 from clipdefense.errors import UsageError
 
 
@@ -44,6 +45,13 @@ class Tokens(Mean):
 class Identity(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)
+
+
+class Nothing(InputDefense):
+    """Adds nothing."""
+
+    def perturb(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        return torch.zeros_like(x)
 
 
 def plain(tower: nn.Module, anchors: Tensor, **options: object) -> ZeroShotClassifier:
@@ -280,6 +288,24 @@ def test_what_makes_no_classifier_is_named(options: dict[str, object], message: 
     settings = {"class_embeddings": torch.randn(3, 3), **options}
     with pytest.raises(UsageError, match=message):
         plain(Mean(), settings.pop("class_embeddings"), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), r"x has dtype torch.uint8; .* divide by 255"),
+        (torch.rand(3, 4, 4), r"x has shape \(3, 4, 4\); .* add the batch dimension"),
+        (torch.rand(2, 1, 4, 4), r"x has 1 channels, shape \(2, 1, 4, 4\); 3 are expected"),
+        (torch.rand(2, 4, 4, 3), r"x has 4 channels, .* it looks like NHWC"),
+        (torch.rand(0, 3, 4, 4), r"x is an empty batch"),
+        (torch.rand(2, 3, 4, 4).numpy(), r"x is a ndarray; a torch tensor is expected"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_named_instead_of_classified(images: Tensor, message: str) -> None:
+    model = plain(Mean(), torch.randn(3, 3))
+    for call in (model, model.embed, Nothing().wrap(model)):
+        with pytest.raises(UsageError, match=message):
+            call(images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

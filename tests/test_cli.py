@@ -136,7 +136,8 @@ def test_evaluate_prints_a_table_and_writes_what_it_printed(
     result = json.loads(out.read_text())
     assert result["eps"] == 8 / 255 and result["name"] == "ttc" and result["data"].startswith("folder:")
     assert result["fingerprint"]["model"].startswith("open_clip:")
-    attacked = ["transfer from the undefended model", "adaptive view bpda-eot, 2 EOT draws"]
+    views = [f"adaptive view {name}, 2 EOT draws" for name in ("bpda-eot", "smoothed")]
+    attacked = ["transfer from the undefended model", *views]
     attacks = ["pgd,steps=2,objective=margin", "apgd-ce,steps=3"]
     assert [(row["attacked"], row["attack"]) for row in result["attacks"]] == [
         (t, a) for t in attacked for a in attacks
@@ -217,9 +218,15 @@ def test_train_writes_weights_that_evaluate_reads(
         ),
         ({"defense": "ttc"}, ["-o", "threshold"], "--option 'threshold' is not of the form key=value"),
         ({"defense": "ttc"}, ["-o", "steps=many"], "steps is 'many'"),
-        ({"defense": "ttc"}, ["-o", "eps=many"], "'ttc' cannot use the options eps='many'"),
+        ({"defense": "ttc"}, ["-o", "eps=many"], "eps is 'many'; a number in [0, 1] pixel units is expected"),
         ({"defense": "ttc"}, ["-o", "eps=4"], "did you mean 4/255"),
         ({}, ["-o", "steps=2"], "--option is for a defence; name one with --defense"),
+        ({}, ["--view", "bpda-eot"], "--view is for a defence; name one with --defense"),
+        ({"eot": "3"}, [], "--eot is for a defence; name one with --defense"),
+        ({"defense": "ttc"}, ["-o", "seed=abc"], "seed is 'abc'; a whole number is expected"),
+        ({}, ["--seed", "99999999999999999999"], "'--seed': "),
+        ({"device": "meta"}, [], "--device 'meta' cannot be used here"),
+        ({}, ["--html", "/dev/null/page.html"], "'/dev/null/page.html' cannot be written"),
         ({"eps": "-1"}, [], "eps is -1.0; it must be at least 0"),
         ({"eps": "8"}, [], "eps is 8.0, but images are in [0, 1]; did you mean 8/255 = 0.0314?"),
         ({"eps": "a lot"}, [], "eps 'a lot' is not a number; write it as 1/255 or 0.0039"),
@@ -263,6 +270,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     [
         (["--method", "tecoah"], "defence 'tecoah' is unknown; did you mean 'tecoa'?"),
         (["--method", "ttc"], "'ttc' trains nothing; `clipdefense evaluate --defense ttc` judges it"),
+        (["--method", "tecoa", "--out", "/dev/null/hardened"], "'/dev/null/hardened' cannot be written"),
         (["--method", "tecoa", "--eps", "8"], "did you mean 8/255"),
         (["--method", "tecoa", "--variant", "relased"], "variant 'relased' is unknown; did you mean 'released'"),
         (["--method", "tecoa", "-o", "epoch=2"], "training option 'epoch' is unknown; did you mean 'epochs'"),

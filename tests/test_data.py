@@ -22,6 +22,7 @@ from torchvision.transforms import InterpolationMode
 from clipdefense.data import ArrayImages, EncodedImages, FileImages, ImageDataset, cache_folder, find_file, from_arrays
 from clipdefense.data.dataset import _Kept
 from clipdefense.errors import UsageError
+from clipdefense_torchvision.datasets import default_root
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -324,7 +325,17 @@ def test_files_are_looked_for_in_the_working_folder_and_then_in_the_data_folder(
 @pytest.mark.skipif(os.name == "nt", reason="XDG_CACHE_HOME is Unix's")
 def test_the_cache_folder_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("CLIPDEFENSE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("datasets") == tmp_path / "clipdefense" / "datasets"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "clipdefense"
+
+
+def test_the_environment_moves_the_whole_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CLIPDEFENSE_DATASETS", raising=False)
+    monkeypatch.setenv("CLIPDEFENSE_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path and cache_folder("a", "b") == tmp_path / "a" / "b"
+    assert default_root() == tmp_path / "datasets"
+    monkeypatch.setenv("CLIPDEFENSE_CACHE", "~/elsewhere")
+    assert cache_folder() == Path.home() / "elsewhere"

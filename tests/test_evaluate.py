@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -101,6 +101,62 @@ def test_verdicts_are_repeatable_and_differ_between_seeds(
     assert any((row.correct != row.correct[0]).any() for row in (first.clean, *first.rows))
 
 
+def test_cumulative_rows_count_what_is_left(tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
+    weak, strong = "pgd,steps=1,step_size=0.001", "pgd,steps=8"
+    options = {"attacks": [weak, strong], "keep_adversarial": True}
+    alone = cd.evaluate(tiny_model, images, labels, THREAT, **options)
+    result = cd.evaluate(tiny_model, images, labels, THREAT, **options, cumulative=True)
+    first, second = result.rows
+    assert first.correct.tolist() == alone.rows[0].correct.tolist()
+    assert 0 < first.correct.sum() < len(images)
+    assert not (second.correct & ~first.correct).any()
+    assert (second.attack, first.attack) == (f"+ {strong}", weak)
+    left = torch.from_numpy(first.correct[0])
+    assert second.adversarial is not None and torch.equal(second.adversarial[~left], images[~left])
+    assert result.worst_case().correct.tolist() == alone.worst_case().correct.tolist()
+
+
+def test_views_are_chosen_by_name(tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
+    ttc = TTC(tiny_model)
+    options = {"attacks": ["pgd,steps=1"], "defense": ttc, "eot": 1, "verdict_seeds": 1}
+    result = cd.evaluate(tiny_model, images, labels, THREAT, views=["smoothed"], **options)
+    assert [row.attacked for row in result.rows][1:] == ["adaptive view smoothed"]
+    with pytest.raises(cd.UsageError, match="view 'smooth' is unknown; did you mean 'smoothed'"):
+        cd.evaluate(tiny_model, images, labels, THREAT, views=["smooth"], **options)
+    nothing = cd.evaluate(tiny_model, images, labels, THREAT, views=[], **options)
+    assert not nothing.adaptive
+
+
+def test_a_view_does_not_decide_that_an_image_is_broken(
+    tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    """A view that calls everything wrong is only a stand-in: the images go through all steps all the same."""
+
+    class Pessimist(Shuffle):
+        def adaptive(self, model: nn.Module) -> tuple[cd.AttackView, ...]:
+            return (cd.AttackView("inverted", lambda x, g: passes.append(len(x)) or -model(x), eot=2),)  # type: ignore[func-returns-value]
+
+    passes: list[int] = []
+    result = cd.evaluate(tiny_model, images, labels, THREAT, attacks=["pgd"], defense=Pessimist(), verdict_seeds=1)
+    assert sum(passes) == result.clean.correct.sum() * 2 * THREAT.steps
+
+
+def test_disjoint_parts_join(tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
+    options = {"attacks": ["pgd"], "keep_adversarial": True}
+    ids = torch.arange(12)
+    whole = cd.evaluate(tiny_model, images, labels, THREAT, ids=ids, **options)
+    halves = [
+        cd.evaluate(tiny_model, images[part], labels[part], THREAT, ids=ids[part], **options)
+        for part in (slice(0, 5), slice(5, 12))
+    ]
+    joined = cd.evaluation.Evaluation.joined(halves)
+    assert joined.ids == whole.ids and joined.n == 12
+    assert joined.rows[0].correct.tolist() == whole.rows[0].correct.tolist()
+    assert joined.rows[0].adversarial is not None and joined.rows[0].adversarial.shape == images.shape
+    with pytest.raises(cd.UsageError, match="share images"):
+        cd.evaluation.Evaluation.joined([halves[0], halves[0]])
+
+
 def test_json_says_everything(tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
     result = cd.evaluate(tiny_model, images, labels, THREAT, attacks=["pgd"], defense=TTC(tiny_model), eot=1)
     content = json.loads(json.dumps(result.to_dict()))
@@ -151,7 +207,7 @@ def test_attack_specs() -> None:
         ({"attacks": ["pgdd"]}, "attack 'pgdd' is unknown; did you mean 'pgd'"),
         ({"attacks": ["pgd,steps=-1"]}, "steps is -1"),
         ({"verdict_seeds": 0}, "verdict_seeds is 0"),
-        ({"eot": 0}, "eot 0"),
+        ({"eot": 0}, "eot is 0"),
     ],
 )
 def test_bad_requests_stop_before_any_forward(
@@ -162,3 +218,54 @@ def test_bad_requests_stop_before_any_forward(
     with pytest.raises(cd.UsageError, match=message):
         cd.evaluate(tiny_model, images, labels, THREAT, **change)  # type: ignore[arg-type]
     assert not ran
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "ESTIMATOR"}, "model is a CLIPClassifier; a torch module, .* is expected; pass its .model"),
+        ({"threat": "linf"}, "threat is 'linf'; a ThreatModel is expected"),
+        ({"defense": "ttc"}, r"defense is 'ttc'; an object is expected, such as get_defense\('NAME'\)\(model\)"),
+        ({"defense": Shuffle}, "defense is Shuffle; an object is expected"),
+        ({"views": ["eot"]}, r"views is \['eot'\], but no defence is judged"),
+        ({"eot": 3}, "eot is 3, but no defence is judged"),
+        ({"verdict_seeds": 0}, "verdict_seeds is 0; a whole number of at least 1"),
+        ({"batch_size": 2.0}, "batch_size is 2.0; a whole number of at least 1"),
+        ({"attacks": "pgd"}, r"attacks is the string 'pgd'; a list is expected, such as \['pgd'\]"),
+    ],
+)
+def test_what_is_not_where_it_belongs_is_named(
+    tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor, changes: dict[str, Any], message: str
+) -> None:
+    given: dict[str, Any] = {"model": tiny_model, "x": images, "y": labels, "threat": THREAT} | changes
+    if given["model"] == "ESTIMATOR":
+        given["model"] = cd.CLIPClassifier(tiny_model)
+    with pytest.raises(cd.UsageError, match=message):
+        cd.evaluate(**given)
+
+
+def test_the_result_says_which_defence_was_judged_and_how(
+    tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    defense = cd.get_defense("ttc")(tiny_model, steps=1, threshold=0.3, reference=tiny_model)
+    settings: dict[str, Any] = {"attacks": ["pgd,steps=1"], "eot": 1, "verdict_seeds": 2, "views": ["bpda-eot"]}
+    facts = cd.evaluate(tiny_model, images, labels, THREAT, defense=defense, seed=3, **settings).fingerprint
+    assert json.loads(json.dumps(facts)) == facts
+    said = facts["defense"]
+    assert said["class"] == "clipdefense_ttc.ttc.TTC"
+    assert (said["steps"], said["threshold"], said["eps"], said["benign"]) == (1, 0.3, 4 / 255, "noise")
+    assert said["reference_sha256"] == facts["weights_sha256"]
+    assert facts["views"] == {"bpda-eot": 1} and facts["verdict_seeds"] == [3, 4]
+    assert facts["attacked_at"] == list(images.shape[2:]) and facts["cumulative"] is False
+    assert cd.evaluate(tiny_model, images, labels, THREAT, attacks=["pgd,steps=1"]).fingerprint["defense"] is None
+
+
+def test_a_row_does_not_depend_on_the_attacks_before_it(
+    tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    def adaptive_row(*attacks: str) -> Tensor | None:
+        settings: dict[str, Any] = {"attacks": attacks, "defense": Shuffle(), "keep_adversarial": True}
+        return cd.evaluate(tiny_model, images, labels, THREAT, **settings).rows[-1].adversarial
+
+    alone, after = adaptive_row("apgd-ce,steps=3"), adaptive_row("pgd,steps=2", "apgd-ce,steps=3")
+    assert alone is not None and after is not None and torch.equal(alone, after)

@@ -272,6 +272,58 @@ def test_an_unknown_name_comes_with_the_nearest(get: Callable[[str], object], na
         get(name)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: plugins.load_model("open_clip:ViT-B-32@/no/file", templtes=["a {}"]),
+            "option of model 'open_clip' 'templtes' is unknown; did you mean 'templates'",
+        ),
+        (lambda: plugins.load_model("timm:resnet18@/no/file", weights="x"), "option of model 'timm' 'weights' is unkn"),
+        (lambda: plugins.load_model("demo:digits", progres=False), "'progres' is unknown; did you mean 'progress'"),
+        (
+            lambda: plugins.load_dataset("npz:/no/file.npz", splt="test"),
+            "option of dataset 'npz' 'splt' is unknown; did you mean 'split'",
+        ),
+        (lambda: plugins.load_dataset("digits:test", path="x"), "option of dataset 'digits' 'path' is unknown"),
+        (
+            lambda: plugins.get_defense("ttc")(None, treshold=0.1),
+            "option of TTC 'treshold' is unknown; did you mean 'threshold'",
+        ),
+    ],
+)
+def test_a_misspelt_option_comes_with_the_nearest_before_any_work(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        call()
+
+
+def _loader_with_device(name: str, weights: str | None, *, classes: object, device: str) -> tuple[object, ...]:
+    return name, weights, classes, device
+
+
+class _Movable:
+    device = "where it was made"
+
+    def to(self, device: str) -> _Movable:
+        self.device = device
+        return self
+
+
+def _loader_without_device(name: str, weights: str | None, *, classes: object) -> _Movable:
+    return _Movable()
+
+
+def test_every_model_goes_to_the_device_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = {
+        ("models", name): [plugins.Contribution("models", name, f"{__name__}:_loader_{name}_device", "p", "d")]
+        for name in ("with", "without")
+    }
+    monkeypatch.setattr(plugins, "registry", lambda: plugins.Registry((), claims))
+    assert plugins.load_model("with:a@b", ["c", "d"], device="cuda:1") == ("a", "b", ["c", "d"], "cuda:1")
+    assert plugins.load_model("without:a", device="cuda:1").device == "cuda:1"
+    assert plugins.load_model("without:a").device == "where it was made"
+
+
 class _Hooks:
     """A hook module made by hand, for what a plugin's author may get wrong in a call."""
 

@@ -7,15 +7,36 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clipdefense.attacks.apgd import apgd_ce
+from clipdefense.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
+from clipdefense.attacks.autoattack import autoattack
 from clipdefense.attacks.context import predict
+from clipdefense.attacks.engine import AttackWarning
+from clipdefense.attacks.fab import fab_t
 from clipdefense.attacks.objectives import cross_entropy, margin
+from clipdefense.attacks.options import Options, Status, progress_bar
 from clipdefense.attacks.pgd import pgd
+from clipdefense.attacks.square import square
 from clipdefense.errors import unknown_name
 from clipdefense.plugins import get_attack
 from clipdefense.threat import ThreatModel
 
-__all__ = ["apgd_ce", "cross_entropy", "margin", "pgd", "predict", "run"]
+__all__ = [
+    "AttackWarning",
+    "Options",
+    "Status",
+    "apgd_ce",
+    "apgd_dlr",
+    "apgd_t",
+    "autoattack",
+    "cross_entropy",
+    "fab_t",
+    "margin",
+    "pgd",
+    "predict",
+    "progress_bar",
+    "run",
+    "square",
+]
 
 
 def run(name: str, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, **options: Any) -> Tensor:

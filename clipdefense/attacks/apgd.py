@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from clipdefense.attacks import engine
 from clipdefense.attacks.norms import BALLS, Ball, per_image, project
 from clipdefense.attacks.objectives import Objective, get_objective
+from clipdefense.attacks.options import attack
 from clipdefense.attacks.targets import over_targets
 from clipdefense.threat import ThreatModel
 
@@ -59,7 +61,7 @@ class _APGD:
             "k": torch.zeros(n, dtype=torch.long, device=x.device),
         }
 
-    def advance(self, s: engine.State, seen: engine.Evaluation) -> engine.State:
+    def advance(self, s: engine.State, seen: engine.Evaluation, age: Tensor) -> engine.State:
         loss, gradient = seen.loss.to(s["loss"].dtype), seen.gradient
         better = loss > s["best_loss"]
         s["best"] = torch.where(per_image(better, gradient), s["x_adv"], s["best"])
@@ -96,6 +98,7 @@ class _APGD:
         return s["best"]
 
 
+@attack
 def apgd(
     model: nn.Module,
     x: Tensor,
@@ -106,12 +109,7 @@ def apgd(
     steps: int = 100,
     alpha: float = 0.75,
     rho: float = 0.75,
-    eot: int = 1,
-    early_stop: bool = True,
-    batch_size: int = 128,
-    seed: int = 0,
-    generator: torch.Generator | None = None,
-    ids: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Auto-PGD: step size chosen by progress, first step ``2 * eps``, best point kept. One restart.
 
@@ -124,23 +122,23 @@ def apgd(
         steps: iterations (published: 100).
         alpha: weight of the step against momentum (published: 0.75).
         rho: share of ascending steps below which the step size is halved (published: 0.75).
-        eot, early_stop, batch_size, seed, generator, ids: as in :func:`clipdefense.attacks.pgd.pgd`.
+        options: see :class:`clipdefense.attacks.options.Options`.
 
     Returns:
         (N, C, H, W): the iterate that broke the image, or the one of highest loss. Within eps of x and in [0, 1].
     """
-    seed, names = engine.prepare(model, x, y, seed, generator, ids)
+    task, loss = engine.Task.of(model, x, y, threat, options), get_objective(objective)
     if threat.eps == 0 or steps == 0:
-        return x.detach().clone()
-    method = _APGD(BALLS[threat.norm], threat.eps, steps, seed, 0, alpha, rho)
-    loss = get_objective(objective)
-    return engine.run(model, x, y, method, loss, ids=names, eot=eot, early_stop=early_stop, batch_size=batch_size).x_adv
+        return task.x.clone()
+    method = _APGD(BALLS[threat.norm], threat.eps, steps, task.seed, 0, alpha, rho)
+    return engine.run(task, method, loss).x_adv
 
 
 apgd_ce = partial(apgd, objective="ce")
 apgd_dlr = partial(apgd, objective="dlr")
 
 
+@attack
 def apgd_t(
     model: nn.Module,
     x: Tensor,
@@ -152,12 +150,7 @@ def apgd_t(
     steps: int = 100,
     alpha: float = 0.75,
     rho: float = 0.75,
-    eot: int = 1,
-    early_stop: bool = True,
-    batch_size: int = 128,
-    seed: int = 0,
-    generator: torch.Generator | None = None,
-    ids: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Targeted Auto-PGD: one run towards each of the most likely wrong classes (2003.01690, section 4).
 
@@ -169,29 +162,18 @@ def apgd_t(
         targets: how many target classes (published: 9); at most all the wrong ones.
         objective: ``"dlr"`` (targeted DLR; the targeted margin below four classes), ``"ce"``, ``"margin"`` or
             ``(logits, y, target) -> (N,)``.
-        steps, alpha, rho, eot, early_stop, batch_size, seed, generator, ids: as in :func:`apgd`.
+        steps, alpha, rho: as in :func:`apgd`.
+        options: see :class:`clipdefense.attacks.options.Options`.
 
     Returns:
         (N, C, H, W): the iterate that broke the image, or the point of largest margin that any target led to.
     """
-    seed, names = engine.prepare(model, x, y, seed, generator, ids)
+    task, loss = engine.Task.of(model, x, y, threat, options), get_objective(objective, targeted=True)
     if threat.eps == 0 or steps == 0:
-        return x.detach().clone()
-    loss = get_objective(objective, targeted=True)
+        return task.x.clone()
 
-    def towards(rank: int, rows: Tensor, target: Tensor) -> engine.Outcome:
-        method = _APGD(BALLS[threat.norm], threat.eps, steps, seed, rank, alpha, rho)
-        return engine.run(
-            model,
-            x[rows],
-            y[rows],
-            method,
-            loss,
-            ids=names[rows],
-            targets=target,
-            eot=eot,
-            early_stop=early_stop,
-            batch_size=batch_size,
-        )
+    def towards(rank: int, standing: engine.Task, target: Tensor) -> engine.Outcome:
+        method = _APGD(BALLS[threat.norm], threat.eps, steps, task.seed, rank, alpha, rho)
+        return engine.run(standing, method, loss, keys=(target,))
 
-    return over_targets(model, x, y, targets, towards, batch_size)
+    return over_targets(task, targets, towards)

@@ -7,7 +7,8 @@ gradients averaged over 20 draws, for randomised ones, judged over several draws
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -15,15 +16,15 @@ from torch import Tensor, nn
 
 from clipdefense.attacks import engine
 from clipdefense.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
-from clipdefense.attacks.context import predict
+from clipdefense.attacks.context import check_finite, predict
 from clipdefense.attacks.fab import fab_t
-from clipdefense.attacks.objectives import cross_entropy
+from clipdefense.attacks.forward import takes_keys
+from clipdefense.attacks.options import Options, attack, labelled
 from clipdefense.attacks.square import square
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.threat import ThreatModel
 
-Attack = Callable[..., Tensor]
-Stage = tuple[str, Attack, dict[str, Any]]
+Stage = tuple[str, Callable[..., Tensor], dict[str, Any]]
 
 VERSIONS: dict[str, tuple[Stage, ...]] = {
     "standard": (
@@ -33,17 +34,13 @@ VERSIONS: dict[str, tuple[Stage, ...]] = {
         ("square", square, {"queries": 5000}),
     ),
     "rand": (
-        ("apgd-ce", apgd_ce, {"steps": 100}),
-        ("apgd-dlr", apgd_dlr, {"steps": 100}),
+        ("apgd-ce", apgd_ce, {"steps": 100, "eot": 20, "early_stop": False}),
+        ("apgd-dlr", apgd_dlr, {"steps": 100, "eot": 20, "early_stop": False}),
     ),
 }
-RAND_EOT = 20
 
 
-class AutoAttackWarning(UserWarning):
-    """Something about the model makes AutoAttack's verdict doubtful."""
-
-
+@attack
 def autoattack(
     model: nn.Module,
     x: Tensor,
@@ -51,14 +48,9 @@ def autoattack(
     threat: ThreatModel,
     *,
     version: str = "standard",
-    eot: int | None = None,
     verdict_draws: int = 5,
-    batch_size: int = 128,
-    seed: int = 0,
-    generator: torch.Generator | None = None,
-    ids: Tensor | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-    **options: dict[str, Any],
+    stages: Mapping[str, Mapping[str, Any]] | None = None,
+    **options: Any,
 ) -> Tensor:
     """Run the ensemble, each attack on the images that the ones before it left standing.
 
@@ -67,74 +59,93 @@ def autoattack(
         x: (N, C, H, W) in [0, 1].
         y: (N,) integer labels.
         threat: norm and eps.
-        version: ``"standard"`` or ``"rand"``.
-        eot: gradient draws a step of ``rand`` (published: 20).
-        verdict_draws: under ``rand``, an image counts as broken only if it is misclassified on most of so many draws.
-        batch_size: images a forward.
-        seed, generator, ids: key the random draws.
-        progress: called before each attack with its name, images and how many still stand.
-        options: keyword arguments of single attacks, ``apgd_t={"targets": 5}``.
+        version: ``"standard"`` or ``"rand"``, which averages gradients over 20 draws (``eot`` overrides).
+        verdict_draws: under ``rand``, an image is broken once it is misclassified on most of so many draws.
+        stages: options of single attacks, ``{"apgd-t": {"targets": 5}}``.
+        options: see :class:`clipdefense.attacks.options.Options`.
 
     Returns:
         (N, C, H, W): a point that breaks the image, or the image as it came where none was found or it was wrong
         from the start.
 
     Raises:
-        UsageError: bad arguments; under ``standard``, a model that answers the same question twice differently.
+        UsageError: bad arguments; under ``standard``, a model that is declared randomised or answers the same
+            question twice differently; logits that are not finite.
     """
     if version not in VERSIONS:
         raise unknown_name("version", version, VERSIONS)
-    seed, names = engine.prepare(model, x, y, seed, generator, ids)
-    stages = list(_stages(version, options))
-    logits = predict(model, x, batch_size=batch_size)
+    if not isinstance(verdict_draws, int) or verdict_draws < 1:
+        raise UsageError(f"verdict_draws is {verdict_draws!r}; a whole number of at least 1 is expected.")
+    task = engine.Task.of(model, x, y, threat, options)
+    plan = list(_plan(version, stages or {}, {key: value for key, value in options.items() if key in _PASSED}))
+    judge = _Judge(task, 1 if version == "standard" else verdict_draws)
     if version == "standard":
-        _require_deterministic(model, x, batch_size, logits)
-    _warn_of_probabilities(logits)
-    y = y.long()
-    result = x.detach().clone()
-    left = torch.nonzero(logits.argmax(dim=1) == y)[:, 0]
-    _warn_of_zero_gradients(model, x[left], y[left], batch_size)
-    common: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
-    if version == "rand":
-        common |= {"eot": RAND_EOT if eot is None else eot, "early_stop": False}
-    for label, attack, own in stages:
-        if not len(left):
+        _refuse_randomized(task)
+    right = ~judge.wrong(task, warn=True)
+    result, left = task.x.clone(), right.nonzero()[:, 0]
+    for label, function, settings in plan:
+        if not len(left) or threat.eps == 0:
             break
-        if progress is not None:
-            progress(label, len(x), len(left))
-        x_adv = attack(model, x[left], y[left], threat, ids=names[left], **(common | own))
-        draws = 1 if version == "standard" else verdict_draws
-        broken = _broken(model, x_adv, y[left], batch_size, draws)
+        standing = task.rows(left, labelled(task.options.progress, label))
+        common = {"seed": task.seed, "ids": standing.ids, "progress": standing.options.progress}
+        x_adv = function(model, standing.x, standing.y, threat, **(settings | common))
+        broken = judge.wrong(replace(standing, x=x_adv))
         result[left[broken]] = x_adv[broken]
         left = left[~broken]
     return result
 
 
-def _stages(version: str, options: dict[str, dict[str, Any]]) -> Iterator[Stage]:
+# what the parts take as the ensemble got it; the rest of the options is set for each part
+_PASSED = {field.name for field in fields(Options)} - {"seed", "generator", "ids", "progress"}
+
+
+def _plan(version: str, stages: Mapping[str, Mapping[str, Any]], options: dict[str, Any]) -> Iterator[Stage]:
     """The version's attacks with the caller's options."""
-    known = {name.replace("-", "_") for name, _, _ in VERSIONS[version]}
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of attack 'autoattack' ({version})", option, known)
-    for name, attack, own in VERSIONS[version]:
-        yield name, attack, own | options.get(name.replace("-", "_"), {})
+    for name in stages:
+        if name not in (known := [stage for stage, _, _ in VERSIONS[version]]):
+            raise unknown_name(f"stage of autoattack's version {version!r}", name, known)
+    for name, function, own in VERSIONS[version]:
+        yield name, function, own | options | dict(stages.get(name, {}))
 
 
-def _broken(model: nn.Module, x_adv: Tensor, y: Tensor, batch_size: int, draws: int) -> Tensor:
-    """(N,) misclassified on most of the draws."""
-    wrong = torch.zeros(len(y), device=y.device)
-    for _ in range(draws):
-        wrong += predict(model, x_adv, batch_size=batch_size).argmax(dim=1) != y
-    return wrong > draws / 2
+class _Judge:
+    """Verdicts of a deterministic model, or of a randomised one by the majority of several draws."""
+
+    def __init__(self, task: engine.Task, draws: int) -> None:
+        self.draws, self.keyed = draws, takes_keys(task.model)
+
+    def wrong(self, task: engine.Task, warn: bool = False) -> Tensor:
+        """(N,) misclassified on most of the draws."""
+        count = torch.zeros(len(task.y), device=task.y.device)
+        for draw in range(self.draws):
+            keys = {"ids": task.ids, "seed": task.seed + draw} if self.keyed else {}
+            logits = predict(task.model, task.x, batch_size=task.options.batch_size, **keys)
+            check_finite(logits, task.ids)
+            if warn and draw == 0:
+                _warn_of_probabilities(logits)
+            count += logits.argmax(dim=1) != task.y
+        return count > self.draws / 2
 
 
-def _require_deterministic(model: nn.Module, x: Tensor, batch_size: int, logits: Tensor) -> None:
-    few = x[:batch_size]
-    difference = float((predict(model, few, batch_size=batch_size) - logits[: len(few)]).abs().max())
-    if difference > 1e-4 * max(1.0, float(logits.abs().max())):
+def declares_randomized(model: nn.Module) -> bool:
+    """Whether a part of the model, or the defence wrapped in it, has ``traits`` that say randomised."""
+    owners = [owner for part in model.modules() for owner in (part, getattr(part, "defense", None))]
+    return any(getattr(getattr(owner, "traits", None), "randomized", False) for owner in owners)
+
+
+def _refuse_randomized(task: engine.Task) -> None:
+    """One batch is asked twice, which a defence that forgot to declare itself does not survive."""
+    why = "is declared randomised" if declares_randomized(task.model) else ""
+    if not why:
+        few, size = task.x[: task.options.batch_size], task.options.batch_size
+        first, again = (predict(task.model, few, batch_size=size) for _ in range(2))
+        difference = float((first - again).abs().max())
+        if difference > 1e-4 * max(1.0, float(first.abs().max())):
+            why = f"gives other logits when asked again (by up to {difference:.3g})"
+    if why:
         raise UsageError(
-            f"model gives other logits when asked again (by up to {difference:.3g}): version 'standard' would count one "
-            "lucky draw as robustness or as a break; use version='rand', and judge over several draws."
+            f"model {why}: version 'standard' would count one lucky draw as robustness or as a break; use "
+            "version='rand', which averages gradients and judges over several draws."
         )
 
 
@@ -142,25 +153,8 @@ def _warn_of_probabilities(logits: Tensor) -> None:
     sums = logits.sum(dim=1)
     if (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
         warnings.warn(
-            "model returns probabilities (each row sums to 1): cross-entropy on them saturates and DLR loses its scale, "
-            "so attacks look weaker than they are; return logits.",
-            AutoAttackWarning,
-            stacklevel=3,
-        )
-
-
-def _warn_of_zero_gradients(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> None:
-    """A model whose gradients are zero is not robust: it is not attacked."""
-    if not len(x):
-        return
-    few, labels = x[:batch_size], y[:batch_size]
-    with engine.attack_mode(model):
-        _, gradient, _ = engine.evaluate(model, few, lambda logits: cross_entropy(logits, labels), labels=labels)
-    dead = int((gradient.flatten(1) == 0).all(dim=1).sum())
-    if dead:
-        warnings.warn(
-            f"{dead} of {len(few)} images have an input gradient of exactly zero: gradient attacks cannot move there, "
-            "and what they leave standing must not be called robust; Square alone is a test of such a model.",
-            AutoAttackWarning,
-            stacklevel=3,
+            "model returns probabilities (each row sums to 1): cross-entropy on them saturates and DLR loses its "
+            "scale, so attacks look weaker than they are; return logits.",
+            engine.AttackWarning,
+            stacklevel=5,
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,22 +13,33 @@ from clipdefense.errors import UsageError
 
 
 @contextmanager
-def full_fp32() -> Iterator[None]:
-    """TF32 off for matrix products and convolutions, autocast off."""
+def _fp32_precision(precision: str) -> Iterator[None]:
+    """How float32 matrix products and convolutions are done: ``"ieee"`` or ``"tf32"``."""
     # all three together: torch refuses to answer legacy queries when conv and rnn differ
     cudnn: Any = torch.backends.cudnn
     knobs = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
     before = [knob.fp32_precision for knob in knobs]
     try:
         for knob in knobs:
-            knob.fp32_precision = "ieee"
-        with ExitStack() as stack:
-            for device in ("cpu", "cuda"):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
+            knob.fp32_precision = precision
+        yield
     finally:
         for knob, value in zip(knobs, before):
             knob.fp32_precision = value
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """TF32 off for matrix products and convolutions, autocast off."""
+    with _fp32_precision("ieee"), ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def tf32(enabled: bool) -> AbstractContextManager[None]:
+    """TF32 for what runs inside, where enabled."""
+    return _fp32_precision("tf32") if enabled else nullcontext()
 
 
 @contextmanager
@@ -56,7 +67,7 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def logits_of(model: nn.Module, x: Tensor, **keys: Any) -> Tensor:
+def logits_of(model: Callable[..., Any], x: Tensor, **keys: Any) -> Tensor:
     """``model(x, **keys)``, checked to be what an attack needs.
 
     Raises:
@@ -73,11 +84,16 @@ def check_finite(logits: Tensor, ids: Tensor) -> None:
     """Stop when the model's output is not finite, naming the images: an attack on NaN proves nothing."""
     bad = ~torch.isfinite(logits).all(dim=1)
     if bad.any():
-        shown = ", ".join(str(int(i)) for i in ids[bad][:8])
-        raise UsageError(
-            f"model returns NaN or infinite logits for {int(bad.sum())} images (ids {shown}); an attack on them would "
-            "prove nothing: look at the weights, the dtype (half precision overflows) and the images."
-        )
+        raise non_finite(ids[bad])
+
+
+def non_finite(ids: Tensor) -> UsageError:
+    """The error that names the images whose logits are not finite."""
+    shown = ", ".join(str(int(i)) for i in ids[:8])
+    return UsageError(
+        f"model returns NaN or infinite logits for {len(ids)} images (ids {shown}); an attack on them would "
+        "prove nothing: look at the weights, the dtype (half precision overflows) and the images."
+    )
 
 
 def predict(model: nn.Module, x: Tensor, *, batch_size: int = 128, **per_image: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loop under every iterative gradient attack: evaluate, let broken images leave, advance the rest, refill.
+"""The loop under every iterative attack: evaluate, let broken images leave, advance the rest, refill.
 
 An attack is a per-image state machine (:class:`Method`); since each image carries its own state, an image that is
 broken leaves at once and the next of its work unit takes the place.
@@ -6,21 +6,31 @@ broken leaves at once and the next of its work unit takes the place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from clipdefense.attacks.context import attack_mode, check_finite, logits_of
+from clipdefense.attacks.context import attack_mode, non_finite
+from clipdefense.attacks.forward import Forward, evaluate
 from clipdefense.attacks.objectives import Objective
+from clipdefense.attacks.options import Options, Progress, Status
 from clipdefense.checks import check_images, check_labels
 from clipdefense.randomness import draw_seed
+from clipdefense.threat import ThreatModel
 
 State = dict[str, Tensor]
-"""Per-image tensors, all (N, ...); always holds ``x`` (clean) and ``x_adv`` (the point to evaluate next)."""
+"""Per-image tensors, all (N, ...), no two sharing memory; holds ``x`` (clean) and ``x_adv`` (to evaluate next)."""
 
 UNIT = 512
+
+
+class AttackWarning(UserWarning):
+    """Something about the model makes an attack's verdict doubtful."""
 
 
 class Evaluation(NamedTuple):
@@ -28,11 +38,11 @@ class Evaluation(NamedTuple):
 
     loss: Tensor  # (N,), what the attack maximises
     gradient: Tensor  # (N, C, H, W) of the loss; empty for a method that asks for none
-    wrong: Tensor  # (N,) bool, misclassified
+    wrong: Tensor  # (N,) bool, misclassified on most draws
 
 
 class Method(Protocol):
-    """An attack as a state machine over images, each at its own step."""
+    """An attack as a state machine over images, each at its own step. It replaces ``x_adv``, never writes into it."""
 
     evaluations: int  # an image gets at most so many
     uses_gradient: bool
@@ -40,8 +50,8 @@ class Method(Protocol):
     def start(self, x: Tensor, ids: Tensor) -> State:
         """The state of images that enter."""
 
-    def advance(self, state: State, seen: Evaluation) -> State:
-        """The state after one evaluation."""
+    def advance(self, state: State, seen: Evaluation, age: Tensor) -> State:
+        """The state after one evaluation; ``age`` (N,), on the CPU, counts those that each image had before."""
 
     def result(self, state: State) -> Tensor:
         """What an image that was never broken returns, (N, C, H, W)."""
@@ -64,47 +74,32 @@ class Outcome(NamedTuple):
     broken: Tensor  # (N,) bool: seen misclassified, within the budget, at x_adv; all False without early stop
 
 
-def evaluate(
-    model: nn.Module,
-    x_adv: Tensor,
-    objective: Callable[[Tensor], Tensor],
-    eot: int = 1,
-    gradient: bool = True,
-    labels: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One evaluation, averaged over ``eot`` draws of a randomised model.
+@dataclass(frozen=True, eq=False)
+class Task:
+    """An attack's arguments, checked."""
 
-    Args:
-        model: images -> logits. One with ``extra_loss(x, y)`` (a :class:`clipdefense.ViewModule`) has it added.
-        x_adv: (N, C, H, W).
-        objective: logits -> (N,).
-        eot: draws.
-        gradient: whether to take the gradient; without, only forwards are spent.
-        labels: (N,), for ``extra_loss``.
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    threat: ThreatModel
+    ids: Tensor
+    seed: int
+    options: Options
 
-    Returns:
-        (loss (N,), gradient (N, C, H, W) or empty, logits (N, classes)), detached.
-    """
-    extra: Callable[..., Tensor | None] = getattr(model, "extra_loss", lambda x, y: None)
-    losses, gradients, outputs = [], [], []
-    for _ in range(eot):
-        leaf = x_adv.detach().requires_grad_(gradient)
-        with torch.set_grad_enabled(gradient):
-            logits = logits_of(model, leaf)
-            loss = objective(logits)
-            term = extra(leaf, labels)
-            total = loss if term is None else loss + term
-        if gradient:
-            gradients.append(torch.autograd.grad(total.sum(), leaf)[0])
-        losses.append(total.detach())
-        outputs.append(logits.detach())
-    return tuple(_mean(parts, x_adv) for parts in (losses, gradients, outputs))  # type: ignore[return-value]
+    @classmethod
+    def of(cls, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, options: Mapping[str, Any]) -> Task:
+        """
+        Raises:
+            UsageError: images, labels or options that cannot be used.
+        """
+        settings = Options.of(options)
+        seed, ids = prepare(model, x, y, settings.seed, settings.generator, settings.ids)
+        return cls(model, x.detach(), y.to(x.device, torch.int64), threat, ids, seed, settings)
 
-
-def _mean(parts: list[Tensor], like: Tensor) -> Tensor:
-    if len(parts) > 1:
-        return torch.stack(parts).mean(dim=0)
-    return parts[0] if parts else like.new_empty(0)
+    def rows(self, index: Tensor, progress: Progress | None) -> Task:
+        """The same for some of the images."""
+        options = replace(self.options, progress=progress)
+        return replace(self, x=self.x[index], y=self.y[index], ids=self.ids[index], options=options)
 
 
 def prepare(
@@ -128,116 +123,199 @@ def prepare(
 
 
 def run(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    task: Task,
     method: Method,
     objective: Objective,
     *,
-    ids: Tensor,
-    targets: Tensor | None = None,
-    eot: int = 1,
-    early_stop: bool = True,
-    batch_size: int = 128,
+    keys: tuple[Tensor, ...] = (),
+    goal: Tensor | None = None,
 ) -> Outcome:
     """Run a method on all images, in work units of 512, at most ``batch_size`` at a time.
 
     Args:
-        model: images in [0, 1] -> logits.
-        x: (N, C, H, W); y: (N,) labels; ids: (N,) that key the draws.
+        task: model, images, labels, and how.
         method: the attack.
-        objective: what it maximises; it is given the targets too where there are any.
-        targets: (N,) target classes.
-        eot: draws an evaluation, for randomised models.
-        early_stop: an image leaves as soon as it is misclassified, with the iterate that broke it. Off, every
-            image goes through all steps (training's inner attack; randomised models, where one draw proves little).
-        batch_size: images a forward.
+        objective: what it maximises, ``(logits, y, *keys) -> (N,)``.
+        keys: further per-image arguments of the objective, each (N, ...): target classes, clean embeddings.
+        goal: (N,) classes: an image is broken once classified as its goal; None, as anything but its label.
 
     Returns:
         Adversarial images, detached, on x's device and in its dtype, and which of them were seen broken.
     """
-    y = y.long()  # what cross-entropy and gather take
-    with attack_mode(model):
-        job = _Run(model, x, y, method, objective, ids, targets, eot, early_stop, batch_size)
-        for indices in torch.arange(len(x), device=x.device).split(UNIT):
-            job.unit(indices)
-    return Outcome(job.x_adv, job.broken)
+    with attack_mode(task.model):
+        job = _Run(task, method, objective, keys, goal)
+        for unit in torch.arange(len(task.x)).split(UNIT):
+            job.unit(unit)
+        return job.outcome()
+
+
+class _Claim(NamedTuple):
+    """Rows that look broken, until the host can know it; on CUDA the flags travel while the next step is queued."""
+
+    flags: Tensor  # (2, N) bool: looks broken, logits not finite
+    arrived: torch.cuda.Event | None
+    positions: Tensor  # in the run, of each row, on the CPU
+    x_adv: Tensor
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether waiting for a verdict would stall the device: then it is read one step later."""
+    return device.type == "cuda"
 
 
 class _Run:
-    """One run's arguments and its results so far."""
+    """One run's arguments, its results so far, and the images in flight (a row each)."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        method: Method,
-        objective: Objective,
-        ids: Tensor,
-        targets: Tensor | None,
-        eot: int,
-        early_stop: bool,
-        batch_size: int,
+        self, task: Task, method: Method, objective: Objective, keys: tuple[Tensor, ...], goal: Tensor | None
     ) -> None:
-        self.model, self.x, self.y, self.ids, self.targets = model, x, y, ids, targets
-        self.method, self.objective = method, objective
-        self.eot, self.early_stop, self.batch_size = eot, early_stop, batch_size
+        self.task, self.method, self.objective = task, method, objective
+        self.options, self.keys, self.goal = task.options, keys, goal
+        self.forward = Forward(task.model, task.ids, task.seed, task.options)
         self.inside: Callable[[State], Tensor] | None = getattr(method, "inside", None)
         self.finished: Callable[[State], Tensor] | None = getattr(method, "finished", None)
-        self.x_adv = x.detach().clone()
-        self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.late = reads_late(task.x.device)
+        self.x_adv = task.x.clone()
+        self.broken = torch.zeros(len(task.x), dtype=torch.bool)
+        self.dead = torch.zeros(len(task.x), dtype=torch.bool, device=task.x.device)
+        self.done, self.began = 0, time.monotonic()
+
+    def outcome(self) -> Outcome:
+        if self.dead.any():
+            warnings.warn(
+                f"the input gradient is exactly zero on {int(self.dead.sum())} of {len(self.dead)} images: a gradient "
+                "attack cannot move there, and what it leaves standing must not be called robust.",
+                AttackWarning,
+                stacklevel=4,
+            )
+        return Outcome(self.x_adv, self.broken.to(self.x_adv.device))
 
     def unit(self, waiting: Tensor) -> None:
         """One work unit: images enter while there is room, and leave broken or done."""
-        active, age, state = waiting[:0], torch.zeros(0, dtype=torch.long), State()
-        while len(active) or len(waiting):
-            if len(waiting) and len(active) < self.batch_size:
-                entering, waiting = waiting.tensor_split([self.batch_size - len(active)])
-                fresh = self.method.start(self.x[entering].detach(), self.ids[entering])
-                state = {k: torch.cat([state[k], fresh[k]]) for k in fresh} if state else fresh
-                active, age = torch.cat([active, entering]), torch.cat([age, age.new_zeros(len(entering))])
+        self.positions, self.waiting = waiting.tensor_split([self.options.batch_size])
+        self._place()
+        self.age = torch.zeros(len(self.positions), dtype=torch.long)
+        self.state = self._start(self.rows)
+        claim: _Claim | None = None
+        while len(self.positions):
+            seen, latest = self._evaluate()
+            gone = self._leave(claim if self.late else latest)
+            claim = latest
+            self.state = self.method.advance(self.state, seen, self.age)
+            self.age += 1
+            done = self._finished() & ~gone
+            if done.any():
+                if self.late:  # their last verdict must be read before others take their places
+                    gone = gone | self._leave(claim)
+                    claim, done = None, done & ~gone
+                self._release(done)
+            if gone.any() or done.any():
+                self._replace(gone | done)
+                self._report(int((gone | done).sum()))
 
-            seen = self._evaluate(state, active, first=not age.any())
-            if self.early_stop:
-                broken = seen.wrong if self.inside is None else seen.wrong & self.inside(state)
-                if broken.any():
-                    self.x_adv[active[broken]] = state["x_adv"][broken]
-                    self.broken[active[broken]] = True
-                    stay = ~broken
-                    seen = Evaluation(*(part[stay] if len(part) else part for part in seen))
-                    state, active, age = _rows(state, stay), active[stay], age[stay.cpu()]
-                    if not len(active):
-                        continue
-            state, age = self.method.advance(state, seen), age + 1
-            state, active, age = self._release(state, active, age)
+    def _start(self, rows: Tensor) -> State:
+        return self.method.start(self.task.x[rows], self.task.ids[rows])
 
-    def _evaluate(self, state: State, active: Tensor, first: bool) -> Evaluation:
-        y = self.y[active]
-        keys = (y,) if self.targets is None else (y, self.targets[active])
+    def _place(self) -> None:
+        """The rows' images on the device, renewed only when they change."""
+        self.rows = self.positions.to(self.task.x.device)
+        self.y = self.task.y[self.rows]
+        self.arguments = tuple(key[self.rows] for key in self.keys)
+
+    def _evaluate(self) -> tuple[Evaluation, _Claim]:
+        x_adv, uses_gradient = self.state["x_adv"], self.method.uses_gradient
+        extra: Callable[..., Tensor | None] = getattr(self.task.model, "extra_loss", lambda x, y: None)
         loss, gradient, logits = evaluate(
-            self.model,
-            state["x_adv"],
-            lambda logits: self.objective(logits, *keys),
-            self.eot,
-            self.method.uses_gradient,
-            y,
+            self.forward.bound(self.rows, self.age, self.options.eot),
+            x_adv,
+            lambda logits: self.objective(logits, self.y, *self.arguments),
+            eot=self.options.eot,
+            gradient=uses_gradient,
+            dtype=self.options.gradient_dtype,
+            extra=lambda x: extra(x, self.y),
         )
-        if first:
-            check_finite(logits, self.ids[active])
-        return Evaluation(loss, gradient, logits.argmax(dim=1) != y)
+        missed = self._missed(logits, self.rows)
+        wrong = missed[0] if len(missed) == 1 else missed.float().mean(dim=0) > 0.5
+        if uses_gradient and not self.age.all():
+            fresh = self.rows[(self.age == 0).to(self.rows.device)]
+            self.dead[fresh] = ~gradient[(self.age == 0).to(self.rows.device)].flatten(1).any(dim=1)
+        return Evaluation(loss, gradient, wrong), self._claim(wrong, logits, x_adv)
 
-    def _release(self, state: State, active: Tensor, age: Tensor) -> tuple[State, Tensor, Tensor]:
-        """Let the images go that have had all their evaluations; ages are on the CPU, so nothing synchronises."""
-        done = age >= self.method.evaluations
-        if self.finished is not None:
-            done |= self.finished(state).cpu()
-        if not done.any():
-            return state, active, age
-        gone = done.to(active.device)
-        self.x_adv[active[gone]] = self.method.result(state)[gone]
-        return _rows(state, ~gone), active[~gone], age[~done]
+    def _claim(self, wrong: Tensor, logits: Tensor, x_adv: Tensor) -> _Claim:
+        if not self.options.early_stop:
+            wrong = torch.zeros_like(wrong)
+        elif self.inside is not None:
+            wrong = wrong & self.inside(self.state)
+        flags, arrived = torch.stack([wrong, ~torch.isfinite(logits).all(dim=2).all(dim=0)]), None
+        if flags.is_cuda:
+            flags = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return _Claim(flags, arrived, self.positions, x_adv)
 
+    def _leave(self, claim: _Claim | None) -> Tensor:
+        """Record the images that a claim breaks; returns which of the present rows they are, on the CPU."""
+        gone = torch.zeros(len(self.positions), dtype=torch.bool)
+        if claim is None:
+            return gone
+        if claim.arrived is not None:
+            claim.arrived.synchronize()
+        wrong, bad = claim.flags
+        if bad.any():
+            raise non_finite(self.task.ids[claim.positions[bad].to(self.task.ids.device)])
+        rows = (wrong & ~self.broken[claim.positions]).nonzero()[:, 0]
+        rows = rows[self._confirmed(claim, rows)] if len(rows) else rows
+        if not len(rows):
+            return gone
+        index = claim.positions[rows]
+        self.x_adv[index.to(self.x_adv.device)] = claim.x_adv[rows.to(self.x_adv.device)]
+        self.broken[index] = True
+        return torch.isin(self.positions, index)
 
-def _rows(state: State, mask: Tensor) -> State:
-    return {k: v[mask] for k, v in state.items()}
+    def _confirmed(self, claim: _Claim, rows: Tensor) -> Tensor:
+        """(n,) which of those rows fp32 calls broken too, where it was not fp32 that said so."""
+        if self.options.gradient_dtype == "fp32" and not self.options.compile:
+            return torch.ones(len(rows), dtype=torch.bool)
+        x_adv, index = claim.x_adv[rows.to(claim.x_adv.device)], claim.positions[rows].to(claim.x_adv.device)
+        with torch.no_grad():
+            return self._missed(self.forward.plain(x_adv), index).cpu()
+
+    def _missed(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """(..., N) whether logits (..., N, classes) of these rows are what the attack is after."""
+        predicted = logits.argmax(dim=-1)
+        return predicted != self.task.y[rows] if self.goal is None else predicted == self.goal[rows]
+
+    def _finished(self) -> Tensor:
+        """(N,) rows that had all their evaluations; ages are on the CPU, so that nothing waits for the device."""
+        done = self.age >= self.method.evaluations
+        return done if self.finished is None else done | self.finished(self.state).cpu()
+
+    def _release(self, done: Tensor) -> None:
+        rows = done.nonzero()[:, 0].to(self.rows.device)
+        self.x_adv[self.rows[rows]] = self.method.result({key: value[rows] for key, value in self.state.items()})
+
+    def _replace(self, leaving: Tensor) -> None:
+        """Waiting images take the places of those that leave; when none waits, the batch shrinks."""
+        slots = leaving.nonzero()[:, 0]
+        entering, self.waiting = self.waiting.tensor_split([len(slots)])
+        self.positions = self.positions.clone()  # a claim under way keeps the old one
+        if len(entering):
+            slots, places = slots[len(entering) :], slots[: len(entering)]
+            there = places.to(self.rows.device)
+            for key, value in self._start(entering.to(self.rows.device)).items():
+                self.state[key][there] = value
+            self.positions[places], self.age[places] = entering, 0
+        if len(slots):
+            stay = torch.ones(len(self.positions), dtype=torch.bool)
+            stay[slots] = False
+            kept = stay.nonzero()[:, 0].to(self.rows.device)
+            self.state = {key: value[kept] for key, value in self.state.items()}
+            self.positions, self.age = self.positions[stay], self.age[stay]
+        self._place()
+
+    def _report(self, left: int) -> None:
+        self.done += left
+        if self.options.progress is not None:
+            total, passed = len(self.x_adv), time.monotonic() - self.began
+            robust = total - int(self.broken.sum())
+            self.options.progress(Status("", self.done, total, robust, passed * (total - self.done) / self.done))

@@ -8,6 +8,7 @@ overshoot, ``beta`` the backward step, ``alpha_max`` the largest pull.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from clipdefense.attacks import engine
 from clipdefense.attacks.norms import BALLS, per_image, project
 from clipdefense.attacks.objectives import targeted_margin
+from clipdefense.attacks.options import attack
 from clipdefense.attacks.targets import over_targets
 from clipdefense.threat import Norm, ThreatModel
 
@@ -83,7 +85,7 @@ class _FAB:
     def finished(self, s: engine.State) -> Tensor:
         return s["k"] > self.steps
 
-    def advance(self, s: engine.State, seen: engine.Evaluation) -> engine.State:
+    def advance(self, s: engine.State, seen: engine.Evaluation, age: Tensor) -> engine.State:
         x, x_adv = s["x"], s["x_adv"]
         distance = self.distance(x, x_adv)
         nearer = seen.wrong & (distance < s["norm"])
@@ -112,6 +114,7 @@ class _FAB:
         return project(BALLS[self.norm], s["x"], torch.where(per_image(found, s["x"]), s["best"], s["x_adv"]), self.eps)
 
 
+@attack
 def fab_t(
     model: nn.Module,
     x: Tensor,
@@ -123,12 +126,7 @@ def fab_t(
     alpha_max: float = 0.1,
     eta: float = 1.05,
     beta: float = 0.9,
-    eot: int = 1,
-    early_stop: bool = True,
-    batch_size: int = 128,
-    seed: int = 0,
-    generator: torch.Generator | None = None,
-    ids: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Targeted FAB: towards each of the most likely wrong classes, from the image itself (no random start).
 
@@ -140,28 +138,17 @@ def fab_t(
         targets: how many target classes (AutoAttack: 9).
         steps: iterations a target (AutoAttack: 100).
         alpha_max, eta, beta: published 0.1, 1.05, 0.9.
-        eot, early_stop, batch_size, generator, seed, ids: as in :func:`clipdefense.attacks.pgd.pgd`; nothing random.
+        options: see :class:`clipdefense.attacks.options.Options`; nothing is random.
 
     Returns:
         (N, C, H, W): the point that broke the image, or the nearest one found, projected. Within eps and in [0, 1].
     """
-    _, names = engine.prepare(model, x, y, seed, generator, ids)
+    task = engine.Task.of(model, x, y, threat, options)
     if threat.eps == 0 or steps == 0:
-        return x.detach().clone()
+        return task.x.clone()
+    method = _FAB(threat.norm, threat.eps, steps, alpha_max, eta, beta)
 
-    def towards(rank: int, rows: Tensor, target: Tensor) -> engine.Outcome:
-        method = _FAB(threat.norm, threat.eps, steps, alpha_max, eta, beta)
-        return engine.run(
-            model,
-            x[rows],
-            y[rows],
-            method,
-            targeted_margin,
-            ids=names[rows],
-            targets=target,
-            eot=eot,
-            early_stop=early_stop,
-            batch_size=batch_size,
-        )
+    def towards(rank: int, standing: engine.Task, target: Tensor) -> engine.Outcome:
+        return engine.run(standing, method, targeted_margin, keys=(target,))
 
-    return over_targets(model, x, y, targets, towards, batch_size)
+    return over_targets(task, targets, towards)

@@ -60,6 +60,11 @@ def targeted_cross_entropy(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return -F.cross_entropy(logits, target, reduction="none")
 
 
+def drift(embedding: Tensor, y: Tensor, clean: Tensor) -> Tensor:
+    """``||f(x + d) - f(x)||_2^2`` on embeddings (N, D), un-normalised; the labels play no part."""
+    return (embedding - clean).square().sum(dim=1)
+
+
 _TINY = 1e-12
 
 

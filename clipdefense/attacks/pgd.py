@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from clipdefense.attacks import engine
 from clipdefense.attacks.context import predict
+from clipdefense.attacks.forward import Embedder
 from clipdefense.attacks.norms import BALLS, Ball, project
-from clipdefense.attacks.objectives import Objective, get_objective
+from clipdefense.attacks.objectives import Objective, drift, get_objective
+from clipdefense.attacks.options import attack
+from clipdefense.checks import check_labels
 from clipdefense.errors import UsageError
 from clipdefense.threat import ThreatModel
 
@@ -27,7 +33,7 @@ class _PGD:
         noise = self.ball.uniform(x, ids, self.eps, seed=self.seed, stream=self.stream)
         return {"x": x, "x_adv": (x + noise).clamp_(0.0, 1.0)}
 
-    def advance(self, state: engine.State, seen: engine.Evaluation) -> engine.State:
+    def advance(self, state: engine.State, seen: engine.Evaluation, age: Tensor) -> engine.State:
         x_adv = torch.add(state["x_adv"], self.ball.direction(seen.gradient), alpha=self.alpha)
         state["x_adv"] = project(self.ball, state["x"], x_adv, self.eps)
         return state
@@ -47,6 +53,44 @@ class _FromInit(_PGD):
         return {"x": x, "x_adv": project(self.ball, x, x + self.init[ids], self.eps)}
 
 
+@dataclass(frozen=True)
+class _Search:
+    """What is attacked, and towards what."""
+
+    task: engine.Task
+    loss: Objective
+    keys: tuple[Tensor, ...] = ()
+    goal: Tensor | None = None
+
+    def run(self, method: _PGD, rows: Tensor, ids: Tensor) -> engine.Outcome:
+        task = replace(self.task.rows(rows, self.task.options.progress), ids=ids)
+        goal = None if self.goal is None else self.goal[rows]
+        return engine.run(task, method, self.loss, keys=tuple(key[rows] for key in self.keys), goal=goal)
+
+    def standing(self, model: nn.Module, x_adv: Tensor, rows: Tensor) -> Tensor:
+        """(n,) which of those rows are not broken at x_adv."""
+        predicted = predict(model, x_adv[rows], batch_size=self.task.options.batch_size).argmax(dim=1)
+        return predicted == self.task.y[rows] if self.goal is None else predicted != self.goal[rows]
+
+
+def _search(task: engine.Task, objective: str | Objective, target: Tensor | None) -> _Search:
+    if objective != "drift":
+        loss = get_objective(objective, targeted=target is not None)
+        if target is None:
+            return _Search(task, loss)
+        check_labels(target, len(task.x), argument="target")
+        target = target.to(task.x.device, torch.int64)
+        return _Search(task, loss, (target,), target)
+    if target is not None or not callable(getattr(task.model, "embed", None)):
+        got = "a target" if target is not None else f"a {type(task.model).__name__} without embed(images)"
+        raise UsageError(f"objective 'drift' was given {got}; it has no target, and needs a ZeroShotClassifier.")
+    embedder = Embedder(task.model)
+    clean = predict(embedder, task.x, batch_size=task.options.batch_size)
+    # embeddings are no verdicts: nothing may leave on them
+    return _Search(replace(task, model=embedder, options=replace(task.options, early_stop=False)), drift, (clean,))
+
+
+@attack
 def pgd(
     model: nn.Module,
     x: Tensor,
@@ -54,14 +98,10 @@ def pgd(
     threat: ThreatModel,
     *,
     objective: str | Objective = "ce",
+    target: Tensor | None = None,
     init: Tensor | None = None,
     random_start: bool = True,
-    eot: int = 1,
-    early_stop: bool = True,
-    batch_size: int = 128,
-    seed: int = 0,
-    generator: torch.Generator | None = None,
-    ids: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Projected gradient ascent on the objective, ``threat.steps`` steps of size ``threat.alpha``.
 
@@ -70,41 +110,41 @@ def pgd(
         x: (N, C, H, W) in [0, 1].
         y: (N,) integer labels.
         threat: norm, eps, step size, steps and restarts.
-        objective: ``"ce"``, ``"margin"`` or ``(logits, y) -> (N,)``.
+        objective: ``"ce"``, ``"margin"``, ``"dlr"`` or ``(logits, y) -> (N,)``; ``"drift"``, which needs no labels,
+            moves the model's ``embed`` away from the clean image's, every image through all steps.
+        target: (N,) classes to move towards; the objective is then the targeted one of that name (or takes the
+            target as a third argument), and an image stops once it is classified as its target.
         init: (N, C, H, W) perturbations to start from instead of random ones (one restart only).
         random_start: start at a uniform point of the ball; False starts at x.
-        eot: gradient draws a step, for randomised models.
-        early_stop: stop an image as soon as it is misclassified (see :func:`clipdefense.attacks.engine.run`).
-        batch_size: images a forward.
-        seed, generator, ids: key the random draws; ids default to 0 .. N-1.
+        options: see :class:`clipdefense.attacks.options.Options`.
 
     Returns:
         (N, C, H, W): the iterate that broke the image, or the last one. Within eps of x and in [0, 1].
+
+    Raises:
+        UsageError: bad images, labels or options.
     """
-    seed, names = engine.prepare(model, x, y, seed, generator, ids)
+    task = engine.Task.of(model, x, y, threat, options)
     if init is not None and (init.shape != x.shape or threat.restarts > 1):
         raise UsageError(
             f"init has shape {tuple(init.shape)} with {threat.restarts} restarts; "
             f"x's shape {tuple(x.shape)} and one restart are expected."
         )
+    if objective == "drift" and init is None and not random_start:
+        raise UsageError("objective 'drift' has no gradient at x itself; leave random_start on, or give init.")
+    search = _search(task, objective, target)
     if threat.eps == 0 or threat.steps == 0:
-        return x.detach().clone()
-    ball, loss = BALLS[threat.norm], get_objective(objective)
-    result, left = x.detach().clone(), torch.arange(len(x), device=x.device)
+        return task.x.clone()
+    ball, result, left = BALLS[threat.norm], task.x.clone(), torch.arange(len(x), device=x.device)
     for restart in range(threat.restarts):
-        settings = (ball, threat.eps, threat.alpha, threat.steps, seed, restart, random_start)
-        if init is None:
-            method, keys = _PGD(*settings), names[left]
-        else:
-            method, keys = _FromInit(init.to(x), *settings), left
-        outcome = engine.run(
-            model, x[left], y[left], method, loss, ids=keys, eot=eot, early_stop=early_stop, batch_size=batch_size
-        )
+        settings = (ball, threat.eps, threat.alpha, threat.steps, task.seed, restart, random_start)
+        method = _PGD(*settings) if init is None else _FromInit(init.to(task.x), *settings)
+        outcome = search.run(method, left, task.ids[left] if init is None else left)
         result[left] = outcome.x_adv
         if restart + 1 < threat.restarts:
             left = left[~outcome.broken]
             if len(left):  # their last iterates have not been judged yet
-                left = left[predict(model, result[left], batch_size=batch_size).argmax(dim=1) == y[left]]
+                left = left[search.standing(model, result, left)]
             if not len(left):
                 break
     return result

@@ -7,6 +7,7 @@ the paper: ``h`` the window's side, ``p`` the share of pixels in it, ``nu`` the 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +16,20 @@ from clipdefense import randomness
 from clipdefense.attacks import engine
 from clipdefense.attacks.norms import BALLS, l2_norm, per_image, project
 from clipdefense.attacks.objectives import Objective, get_objective
+from clipdefense.attacks.options import attack
 from clipdefense.threat import ThreatModel
 
 # p is halved when so many of 10,000 queries are spent (section 3.1 of the paper and its supplement)
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
-def window_sides(p: float, queries: int, height: int, width: int) -> list[int]:
+def window_sides(p: float, queries: int, height: int, width: int, least: int = 1) -> list[int]:
     """``h`` at query 1 .. queries: the whole number nearest to ``sqrt(p H W)``, p halved on the published schedule."""
-    sides = []
+    sides, most = [], max(min(height, width) - 1, 1)
     for query in range(queries):
         position = int(query / queries * 10_000)
         halved = p / 2 ** sum(position > limit for limit in _HALVINGS)
-        sides.append(min(max(round(math.sqrt(halved * height * width)), 1), min(height, width) - 1 or 1))
+        sides.append(min(max(round(math.sqrt(halved * height * width)), least), most))
     return sides
 
 
@@ -35,11 +37,12 @@ class _Square:
     """What both norms share: a candidate is kept when the objective grew."""
 
     uses_gradient = False
+    least_side = 1
 
     def __init__(self, eps: float, queries: int, p: float, seed: int, shape: tuple[int, ...]) -> None:
         self.evaluations = queries
         self.eps, self.seed = eps, seed
-        self.sides = window_sides(p, queries, *shape[-2:])
+        self.sides = window_sides(p, queries, shape[-2], shape[-1], self.least_side)
 
     def start(self, x: Tensor, ids: Tensor) -> engine.State:
         x_adv = self.initial(x, ids)
@@ -52,7 +55,7 @@ class _Square:
             "k": torch.zeros(len(x), dtype=torch.int64, device=x.device),
         }
 
-    def advance(self, s: engine.State, seen: engine.Evaluation) -> engine.State:
+    def advance(self, s: engine.State, seen: engine.Evaluation, age: Tensor) -> engine.State:
         loss = seen.loss.to(s["loss"].dtype)
         better = loss > s["loss"]
         s["best"] = torch.where(per_image(better, s["best"]), s["x_adv"], s["best"])
@@ -132,6 +135,8 @@ def pyramid(side: int) -> Tensor:
 class _SquareL2(_Square):
     """Algorithm 3: move the budget of one window (and what is unused) into another, in the shape of eta."""
 
+    least_side = 3  # a heap of a pixel or two often cancels what it is laid over, and the query is lost
+
     def __init__(self, eps: float, queries: int, p: float, seed: int, shape: tuple[int, ...]) -> None:
         super().__init__(eps, queries, p, seed, shape)
         known = sorted(set(self.sides))
@@ -190,6 +195,7 @@ class _SquareL2(_Square):
         return torch.where(inside, patterns[row, torch.where(turn, c, r), torch.where(turn, r, c)], 0.0)[:, None]
 
 
+@attack
 def square(
     model: nn.Module,
     x: Tensor,
@@ -199,12 +205,7 @@ def square(
     queries: int = 5000,
     p: float = 0.8,
     objective: str | Objective = "margin",
-    eot: int = 1,
-    early_stop: bool = True,
-    batch_size: int = 128,
-    seed: int = 0,
-    generator: torch.Generator | None = None,
-    ids: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Square Attack: black-box random search.
 
@@ -216,15 +217,13 @@ def square(
         queries: forwards an image (AutoAttack: 5,000).
         p: share of the pixels that the first windows cover (AutoAttack: 0.8).
         objective: what a candidate must raise to be kept; the margin as published.
-        eot, early_stop, batch_size, seed, generator, ids: as in :func:`clipdefense.attacks.pgd.pgd`.
+        options: see :class:`clipdefense.attacks.options.Options`.
 
     Returns:
         (N, C, H, W): the candidate that broke the image, or the best one. Within eps of x and in [0, 1].
     """
-    seed, names = engine.prepare(model, x, y, seed, generator, ids)
+    task, loss = engine.Task.of(model, x, y, threat, options), get_objective(objective)
     if threat.eps == 0 or queries == 0:
-        return x.detach().clone()
+        return task.x.clone()
     kind = {"linf": _SquareLInf, "l2": _SquareL2}[threat.norm]
-    method = kind(threat.eps, queries, p, seed, tuple(x.shape))
-    loss = get_objective(objective)
-    return engine.run(model, x, y, method, loss, ids=names, eot=eot, early_stop=early_stop, batch_size=batch_size).x_adv
+    return engine.run(task, kind(threat.eps, queries, p, task.seed, tuple(x.shape)), loss).x_adv

@@ -5,41 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipdefense.attacks.context import predict
-from clipdefense.attacks.engine import Outcome
+from clipdefense.attacks.engine import Outcome, Task
 from clipdefense.attacks.norms import per_image
 from clipdefense.attacks.objectives import likely_targets, margin
+from clipdefense.attacks.options import labelled
 
-Towards = Callable[[int, Tensor, Tensor], Outcome]
-"""``(rank of the target, rows still standing, their target classes) -> Outcome`` for those rows."""
+Towards = Callable[[int, Task, Tensor], Outcome]
+"""``(rank of the target, what still stands, its target classes) -> Outcome``."""
 
 
-def over_targets(model: nn.Module, x: Tensor, y: Tensor, count: int, towards: Towards, batch_size: int) -> Tensor:
+def over_targets(task: Task, count: int, towards: Towards) -> Tensor:
     """Attack towards the ``count`` most likely wrong classes; an image that one target breaks leaves at once.
 
     Args:
-        model: images -> logits.
-        x: (N, C, H, W); y: (N,) labels.
+        task: model, images, labels, and how.
         count: targets; at most all the wrong classes are there.
         towards: runs one target.
-        batch_size: images a forward.
 
     Returns:
         (N, C, H, W): the point that broke the image, or the one of largest margin over the targets.
     """
-    y = y.long()
-    ranked = likely_targets(predict(model, x, batch_size=batch_size), y, count)
-    result, left = x.detach().clone(), torch.arange(len(x), device=x.device)
-    best = torch.full((len(x),), -torch.inf, device=x.device)
+    model, size = task.model, task.options.batch_size
+    ranked = likely_targets(predict(model, task.x, batch_size=size), task.y, count)
+    result, left = task.x.clone(), torch.arange(len(task.x), device=task.x.device)
+    best = torch.full((len(task.x),), -torch.inf, device=task.x.device)
     for rank in range(ranked.shape[1]):
-        outcome = towards(rank, left, ranked[left, rank])
+        progress = labelled(task.options.progress, f"target {rank + 1} of {ranked.shape[1]}")
+        outcome = towards(rank, task.rows(left, progress), ranked[left, rank])
         result[left[outcome.broken]] = outcome.x_adv[outcome.broken]
         left, reached = left[~outcome.broken], outcome.x_adv[~outcome.broken]
         if not len(left):
             break
-        gap = margin(predict(model, reached, batch_size=batch_size), y[left]).to(best.dtype)
+        gap = margin(predict(model, reached, batch_size=size), task.y[left]).to(best.dtype)
         further = gap > best[left]
         result[left] = torch.where(per_image(further, reached), reached, result[left])
         best[left] = torch.maximum(best[left], gap)

@@ -12,6 +12,7 @@ import numpy as np
 from clipdefense.errors import UsageError
 
 DATA_VARIABLE = "CLIPDEFENSE_DATA"
+CACHE_VARIABLE = "CLIPDEFENSE_CACHE"
 
 
 def find_file(path: str | Path, what: str) -> Path:
@@ -59,7 +60,13 @@ def read_arrays(path: Path, what: str) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def cache_folder(*parts: str) -> Path:
-    """This library's folder under the user's cache folder, not created here."""
+    """Where this library keeps what it trains or downloads, not created here.
+
+    The folder that ``CLIPDEFENSE_CACHE`` names, or else ``~/.cache/clipdefense`` on Linux (``XDG_CACHE_HOME`` is
+    respected), ``~/Library/Caches/clipdefense`` on macOS and ``%LOCALAPPDATA%\\clipdefense`` on Windows.
+    """
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named).expanduser().joinpath(*parts)
     home = Path.home()
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")

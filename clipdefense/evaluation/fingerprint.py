@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clipdefense.defenses import TestTimeDefense
 from clipdefense.weights import sha256_of_weights
 
 PACKAGES = ("clipdefense", "torch", "torchvision", "adversarial-robustness-toolbox", "open_clip_torch", "timm", "numpy")
@@ -67,3 +68,14 @@ def fingerprint(model: nn.Module, **settings: Any) -> dict[str, Any]:
         **settings,
         "machine": machine(),
     }
+
+
+def constructed(defense: TestTimeDefense) -> dict[str, Any]:
+    """A defence's class and public attributes, models by the hash of their weights, JSON-ready."""
+    facts: dict[str, Any] = {"class": f"{type(defense).__module__}.{type(defense).__qualname__}"}
+    for name, value in vars(defense).items():
+        if isinstance(value, nn.Module):
+            facts[f"{name}_sha256"] = sha256_of_weights(value)
+        elif not name.startswith("_") and isinstance(value, (bool, int, float, str, type(None))):
+            facts[name] = value
+    return facts

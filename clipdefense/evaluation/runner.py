@@ -21,7 +21,8 @@ from clipdefense.attacks.context import check_finite, predict
 from clipdefense.attacks.engine import prepare
 from clipdefense.defenses import AttackView, TestTimeDefense, ViewModule
 from clipdefense.errors import UsageError, unknown_name
-from clipdefense.evaluation.fingerprint import fingerprint
+from clipdefense.evaluation.fingerprint import constructed, fingerprint
+from clipdefense.evaluation.roles import check_counts, check_roles
 from clipdefense.evaluation.statistics import Interval, wilson
 from clipdefense.plugins import get_attack
 from clipdefense.threat import ThreatModel, parse_eps
@@ -93,6 +94,8 @@ def parse_attacks(attacks: Sequence[str | AttackSpec], threat: ThreatModel) -> l
     Raises:
         UsageError: none, or one that does not.
     """
+    if isinstance(attacks, str):
+        raise UsageError(f"attacks is the string {attacks!r}; a list is expected, such as [{attacks!r}].")
     specs = [spec if isinstance(spec, AttackSpec) else AttackSpec.parse(spec) for spec in attacks]
     if not specs:
         raise UsageError("attacks is empty; at least one attack is expected, such as 'pgd'.")
@@ -171,6 +174,29 @@ class Evaluation:
         label = "worst case per image" if self.adaptive else "worst case per image (transfer only)"
         return Row(label, f"{len(self.rows)} attacks", survived)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """Evaluations of the same things on disjoint images, as one.
+
+        Raises:
+            UsageError: they differ in what was judged or attacked, or share images.
+        """
+        first = parts[0]
+        ids = tuple(name for part in parts for name in part.ids)
+        same = {(part.name, part.threat, tuple((r.attack, r.attacked) for r in part.rows)) for part in parts}
+        if len(same) > 1 or len(set(ids)) < len(ids):
+            raise UsageError(
+                "the evaluations differ in what was judged or attacked, or share images; they cannot be joined."
+            )
+
+        def join(rows: Sequence[Row]) -> Row:
+            kept = [row.adversarial for row in rows if row.adversarial is not None]
+            pictures = torch.cat(kept) if len(kept) == len(rows) else None
+            return replace(rows[0], correct=np.concatenate([row.correct for row in rows], axis=1), adversarial=pictures)
+
+        rows = tuple(join(same_attack) for same_attack in zip(*(part.rows for part in parts)))
+        return replace(first, clean=join([part.clean for part in parts]), rows=rows, ids=ids)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: every number with its attack, n and interval, and the verdict of each image."""
 
@@ -228,8 +254,8 @@ def evaluate(
         defense: a test-time defence; None judges the model itself.
         views: names of the defence's adaptive views to attack; None takes all.
         cumulative: on each thing attacked, an attack gets only the images that those before it left standing, and
-            its row says what is left after all of them (as AutoAttack counts). The worst case is the same, the time
-            much shorter.
+            its row says what is left after all of them, as AutoAttack counts. Much shorter. An image that is wrong
+            on most draws counts as fallen, on all of them.
         name: for the report; the class name when empty.
         eot: gradient draws a step on adaptive views; None takes each view's own number.
         verdict_seeds: draws over which a randomised defence is judged.
@@ -245,30 +271,25 @@ def evaluate(
     Raises:
         UsageError: bad images, labels, attacks or options, before anything runs.
     """
+    check_roles(model, threat, defense, views, eot)
+    check_counts(verdict_seeds=verdict_seeds, batch_size=batch_size, eot=1 if eot is None else eot)
     _, ids = prepare(model, x, y, seed, None, ids)
-    if min(verdict_seeds, batch_size, 1 if eot is None else eot) < 1:
-        raise UsageError(
-            f"verdict_seeds is {verdict_seeds}, batch_size {batch_size}, eot {eot}; at least 1 each is expected."
-        )
     specs = parse_attacks(attacks, threat)
     title = name or type(model if defense is None else defense).__name__
     job = _Job(model, defense, views, x, y, ids, seed, verdict_seeds, eot, batch_size, keep_adversarial)
 
     clean = Row("none", "nothing", job.verdicts(x))
-    rows = []
-    for label, target, draws in job.targets():
-        standing = clean
-        for spec in specs:
-            if progress is not None:
-                progress(f"{title}: {spec} on {label}")
-            row = job.attack(spec, threat, label, target, draws, standing)
-            if cumulative:
-                after = f"{'+ ' if standing is not clean else ''}{row.attack}"
-                row = standing = replace(row, attack=after, correct=row.correct & standing.correct)
-            rows.append(row)
+    say = (lambda text: None) if progress is None else lambda text: progress(f"{title}: {text}")
+    rows = job.rows(specs, threat, clean, cumulative, say)
     adaptive = defense is None or len(job.views) > 0
-    facts = fingerprint(model, seed=seed, batch_size=batch_size, attacks=[str(spec) for spec in specs])
+    facts = fingerprint(model, **job.settings(), cumulative=cumulative, attacks=[str(spec) for spec in specs])
     return Evaluation(title, threat, clean, tuple(rows), adaptive, facts, tuple(ids.tolist()))
+
+
+def _left(correct: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(draws, n) verdicts with those of an image that is wrong on most draws struck out."""
+    kept: NDArray[np.bool_] = correct & (correct.mean(axis=0) > 0.5)
+    return kept
 
 
 def _select(views: tuple[AttackView, ...], names: Sequence[str] | None) -> tuple[AttackView, ...]:
@@ -304,6 +325,17 @@ class _Job:
         self.judge = model if defense is None else defense.wrap(model)
         self.views = () if defense is None else _select(defense.adaptive(model), views)
 
+    def settings(self) -> dict[str, Any]:
+        """What the verdicts depend on besides the model and the attacks."""
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "attacked_at": list(self.x.shape[2:]),
+            "verdict_seeds": list(self.seeds),
+            "defense": None if self.defense is None else constructed(self.defense),
+            "views": {view.name: view.eot if self.eot is None else self.eot for view in self.views},
+        }
+
     def targets(self) -> list[tuple[str, nn.Module, int]]:
         """(label, module to attack, EOT draws)."""
         own = UNDEFENDED if self.defense is None else TRANSFER
@@ -324,19 +356,37 @@ class _Job:
             correct.append((logits.argmax(dim=1) == self.y).cpu().numpy())
         return np.stack(correct)
 
+    def rows(
+        self, specs: Sequence[AttackSpec], threat: ThreatModel, clean: Row, cumulative: bool, say: Progress
+    ) -> list[Row]:
+        """Every attack on everything there is to attack."""
+        rows = []
+        for label, target, draws in self.targets():
+            standing = clean
+            for spec in specs:
+                say(f"{spec} on {label}")
+                row = self.attack(spec, threat, label, target, draws, standing)
+                if cumulative:
+                    after = f"{'+ ' if standing is not clean else ''}{row.attack}"
+                    row = standing = replace(row, attack=after, correct=_left(row.correct & standing.correct))
+                rows.append(row)
+        return rows
+
     def attack(
         self, spec: AttackSpec, threat: ThreatModel, label: str, target: nn.Module, draws: int, standing: Row
     ) -> Row:
-        """Attack every image that is still right on some seed, and judge the result."""
+        """Attack every image that is still right on some draw, and judge the result."""
         function, budget, options = spec.bind(threat)
         parameters = inspect.signature(function).parameters
         common: dict[str, Any] = {"seed": self.seed, "batch_size": self.batch_size}
         if self.defense is not None:
-            # An image that only just crossed the undefended boundary, or was wrong on one draw, says little about
-            # the defence: every image goes through all steps.
+            # An image that only just crossed the undefended boundary, or a view that is wrong on some draws, says
+            # little about the defence: every image goes through all steps.
             common |= {"eot": draws, "early_stop": False}
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         common = {k: v for k, v in common.items() if k in parameters or (open_ended and k == "batch_size")}
+        if isinstance(target, ViewModule):  # a row does not depend on which attacks came before it
+            target.generator.manual_seed(self.seed)
         x_adv = self.x.clone()
         rows = torch.from_numpy(standing.correct.any(axis=0)).to(self.x.device)
         if rows.any():

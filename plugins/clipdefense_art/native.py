@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clipdefense.attacks import foreign
 from clipdefense.checks import check_labels
+from clipdefense.defenses import TestTimeDefense, Traits
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.threat import ThreatModel
 
@@ -35,6 +36,8 @@ class EstimatorModule(nn.Module):
                     f"the estimator's preprocessing {type(step).__name__} works on NumPy arrays, through which no "
                     "gradient passes; use a PreprocessorPyTorch, such as a clipdefense.InputDefense."
                 )
+        declared = [step.traits for step in self.operations if isinstance(step, TestTimeDefense)]
+        self.traits = Traits(randomized=any(traits.randomized for traits in declared))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] -> (N, nb_classes) logits."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from clipdefense.checks import check_class_names
 from clipdefense.classifier import ZeroShotClassifier
-from clipdefense.data import cache_folder
+from clipdefense.data import CACHE_VARIABLE, cache_folder
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.files import write_text
 from clipdefense.training.checkpoint import write_tensors
@@ -27,7 +26,6 @@ from clipdefense_demo.pretraining import TEMPLATES, Recipe, build, open_clip_con
 from clipdefense_openclip import loader
 from clipdefense_openclip.text import check_templates
 
-CACHE_VARIABLE = "CLIPDEFENSE_CACHE"
 SOURCE = "demo:digits"
 
 _log = logging.getLogger(__name__)
@@ -78,14 +76,8 @@ class CachedModel:
 
 
 def cached_model() -> CachedModel:
-    """Where the model is kept: ``digits-clip`` in ``CLIPDEFENSE_CACHE``, or else in the user's cache folder.
-
-    The user's cache folder is ``~/.cache/clipdefense`` on Linux (``XDG_CACHE_HOME`` is respected),
-    ``~/Library/Caches/clipdefense`` on macOS and ``%LOCALAPPDATA%\\clipdefense`` on Windows.
-    """
-    named = os.environ.get(CACHE_VARIABLE)
-    base = Path(named).expanduser() if named else cache_folder()
-    return CachedModel(base / "digits-clip")
+    """Where the model is kept: ``digits-clip`` in :func:`clipdefense.data.cache_folder`."""
+    return CachedModel(cache_folder("digits-clip"))
 
 
 def digits_clip(

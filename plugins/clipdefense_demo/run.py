@@ -35,6 +35,7 @@ VIEW = "smoothed"  # bpda-eot leaves several times as many images standing, and 
 EOT_DRAWS = 5
 CURVE_EPS = tuple(k / 255 for k in (0, 2, 4, 6, 8, 12))
 CURVE_IMAGES = 60
+PARTS = 2  # processes for TTC
 
 
 def run(out: Path, *, n: int = 300, quiet: bool = False) -> list[Evaluation]:
@@ -45,15 +46,25 @@ def run(out: Path, *, n: int = 300, quiet: bool = False) -> list[Evaluation]:
         n: test images, drawn evenly over the ten digits.
         quiet: no progress.
     """
-    began = time.perf_counter()
+    began, threads = time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(1)  # three processes on two cores: more threads would only wait for each other
+    try:
+        evaluations, curves, strips = _measure(n, quiet)
+    finally:
+        torch.set_num_threads(threads)
+    _report(out, evaluations, curves, strips, time.perf_counter() - began)
+    return evaluations
+
+
+def _measure(n: int, quiet: bool) -> tuple[list[Evaluation], list[report.Curve], list[report.Strip]]:
     console = Console(stderr=True, quiet=quiet)
     files = cached_model()
     if not files.weights.exists():
         console.print(f"First use: training a small CLIP on handwritten digits, kept in {files.folder} (14 MB).")
     model = digits_clip(progress=not quiet).to(_device())
-    # TTC takes as long as all the rest together, so it has a process of its own; spawned, because CUDA cannot be forked
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        around = pool.submit(_judge_ttc, n)
+    # TTC takes twice as long as all the rest, so it gets processes of its own; spawned, because CUDA cannot be forked
+    with ProcessPoolExecutor(PARTS, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        around = [pool.submit(_judge_ttc, n, part) for part in range(PARTS)]
         hardened = hardened_digits_clip(model, progress=not quiet).to(_device())
         with console.status("attacking the plain model and the fine-tuned one, and TTC beside them"):
             x, y = _images(n)
@@ -62,19 +73,13 @@ def run(out: Path, *, n: int = 300, quiet: bool = False) -> list[Evaluation]:
             )
             curves = _curves([("plain CLIP", model), ("TeCoA", hardened)], x, y)
             strips = _strips(model, _ttc(model), x, y)
-            ttc, more_curves = around.result()
-    evaluations = [plain, ttc, tuned]
-    _report(out, evaluations, [curves[0], *more_curves, *curves[1:]], strips, time.perf_counter() - began)
-    return evaluations
+            ttc = Evaluation.joined([part.result()[0] for part in around])
+            more_curves = around[-1].result()[1]
+    return [plain, ttc, tuned], [curves[0], *more_curves, *curves[1:]], strips
 
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _one_thread() -> None:
-    """On a few cores, two processes of several threads each get in each other's way."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
 
 
 def _ttc(model: ZeroShotClassifier) -> InputDefense:
@@ -87,27 +92,31 @@ def _images(n: int) -> tuple[Tensor, Tensor]:
     return x.to(_device()), y.to(_device())
 
 
-def _judge(name: str, model: ZeroShotClassifier, n: int, defense: InputDefense | None) -> Evaluation:
+def _judge(
+    name: str, model: ZeroShotClassifier, n: int, defense: InputDefense | None, rows: slice = slice(None)
+) -> Evaluation:
     x, y = _images(n)
     return evaluate(
         model,
-        x,
-        y,
+        x[rows],
+        y[rows],
         THREAT,
+        ids=torch.arange(len(x), device=x.device)[rows],
         attacks=ATTACKS,
         defense=defense,
         views=[VIEW] if defense is not None else None,
         cumulative=True,
         name=name,
-        eot=EOT_DRAWS,
+        eot=None if defense is None else EOT_DRAWS,
     )
 
 
-def _judge_ttc(n: int) -> tuple[Evaluation, list[report.Curve]]:
-    """In a process of its own: TTC under transfer and under its adaptive view, and its curves."""
+def _judge_ttc(n: int, part: int) -> tuple[Evaluation, list[report.Curve]]:
+    """In a process of its own: TTC on every ``PARTS``-th image, and in the last part its curves."""
     model = digits_clip(progress=False).to(_device())
-    x, y = _images(n)
-    return _judge("TTC around it", model, n, _ttc(model)), _curves([("TTC", model)], x, y, _ttc(model))
+    result = _judge("TTC around it", model, n, _ttc(model), slice(part, None, PARTS))
+    last = part == PARTS - 1
+    return result, _curves([("TTC", model)], *_images(n), _ttc(model)) if last else []
 
 
 def _curves(
@@ -126,7 +135,7 @@ def _curves(
                 attacks=["pgd,objective=margin"],
                 defense=defense,
                 views=[VIEW] if defense is not None else None,
-                eot=2,
+                eot=None if defense is None else 2,
                 verdict_seeds=3,
             )
             for row in result.rows:
@@ -213,7 +222,10 @@ def _report(
     write_json(out / "results.json", {**content, "evaluations": [e.to_dict() for e in evaluations]})
     console = Console()
     console.print(report.table(evaluations))
-    console.print("Each attack runs on the images that those above it left standing; numbers are what is left.\n")
+    console.print(
+        "Each attack runs on the images that those above it left standing (right on most draws); numbers are what is "
+        "left.\n"
+    )
     for line in summary:
         console.print(line)
     console.print(f"\nPage: {out / 'report.html'}    JSON: {out / 'results.json'}    ({seconds:.0f} s)")

@@ -78,7 +78,7 @@ class _Images:
 
 
 def default_root() -> Path:
-    """``CLIPDEFENSE_DATASETS``, or ``clipdefense/datasets`` in the user's cache folder."""
+    """``CLIPDEFENSE_DATASETS``, or ``datasets`` in :func:`clipdefense.data.cache_folder`."""
     folder = os.environ.get(ROOT_VARIABLE)
     return Path(folder).expanduser() if folder else cache_folder("datasets")
 

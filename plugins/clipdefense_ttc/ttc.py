@@ -92,13 +92,13 @@ class TTC(InputDefense):
         """
         super().__init__(seed=seed, batch_size=batch_size)
         for name, value in (("eps", eps), ("step_size", step_size)):
-            if not 0 <= value <= 1:
-                hint = f"; did you mean {value:g}/255?" if value > 1 else ""
-                raise UsageError(f"{name} is {value}; a number in [0, 1] pixel units is expected{hint}")
-        if not isinstance(steps, int) or steps < 0:
+            if not _is_number(value) or not 0 <= value <= 1:
+                hint = f"; did you mean {value:g}/255?" if _is_number(value) and value > 1 else ""
+                raise UsageError(f"{name} is {value!r}; a number in [0, 1] pixel units is expected{hint}")
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise UsageError(f"steps is {steps!r}; a whole number of at least 0 is expected.")
-        if not (math.isfinite(beta) and math.isfinite(threshold)):
-            raise UsageError(f"beta is {beta} and threshold {threshold}; finite numbers are expected.")
+        if not (_is_number(beta) and _is_number(threshold)):
+            raise UsageError(f"beta is {beta!r} and threshold {threshold!r}; finite numbers are expected.")
         if benign not in ("noise", "zero"):
             raise unknown_name("benign", str(benign), ("noise", "zero"))
         self.model = _encoder(model, "model")
@@ -160,7 +160,7 @@ class TTC(InputDefense):
 
     @torch.no_grad()
     def drift(self, x: Tensor, *, noise: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
-        """The drift ratio r of each image, (N,), for the same noise that :meth:`perturbation` would use.
+        """The drift ratio r of each image, (N,), for the noise that :meth:`perturbation` draws for the same ids.
 
         Args:
             x: (N, C, H, W) in [0, 1].
@@ -199,7 +199,7 @@ class TTC(InputDefense):
             for k in range(self.steps):
                 loss = drift_loss(f_perturbed, f_clean).sum()
                 (gradient,) = torch.autograd.grad(loss, d_k, create_graph=True)
-                scale = per_image(gradient.detach().abs().flatten(1).mean(dim=1), x).clamp_min(1e-30)
+                scale = per_image(gradient.abs().flatten(1).mean(dim=1), x).clamp_min(1e-30)
                 step = self.step_size * torch.tanh(kappa * gradient / scale)
                 d_k = box(x, (d_k + step).clamp(-self.eps, self.eps))
                 total = total + weights[k + 1] * d_k
@@ -225,6 +225,10 @@ class TTC(InputDefense):
             AttackView("bpda-eot", lambda x, generator: self.bpda(model, x, generator), eot=20),
             AttackView("smoothed", smoothed, eot=20),
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _encoder(model: Any, argument: str) -> nn.Module:

@@ -33,6 +33,10 @@ def test_window_sides_of_tiny_images() -> None:
     assert max(window_sides(1.0, 3, 2, 5)) == 1  # never the whole image
 
 
+def test_window_sides_of_l2_stay_above_what_cancels() -> None:
+    assert window_sides(0.8, 10_000, 20, 20, least=3)[-1] == 3
+
+
 def test_window() -> None:
     like = torch.zeros(2, 3, 4, 4)
     mask = _window(torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([2, 1]), like)
@@ -92,10 +96,12 @@ def test_more_queries_are_never_worse_and_soon_better(
 
     # the schedule depends on the number of queries, so only the first proposal is shared
     first, many = reached(1), reached(200)
-    assert (many >= first - 1e-4).all() and many.mean() > first.mean() + 0.5
+    assert (many >= first - 1e-4).all() and many.mean() > first.mean() + 0.3
 
 
-def test_linf_moves_every_pixel_by_eps_or_to_the_box(tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
+def test_linf_moves_every_pixel_by_eps_or_to_the_box(
+    tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
     eps = 4 / 255
     x_adv = attacks.square(tiny_model, images, labels, ThreatModel("linf", eps), queries=30, early_stop=False)
     at_eps = ((x_adv - images).abs() - eps).abs() < 1e-6
@@ -104,5 +110,7 @@ def test_linf_moves_every_pixel_by_eps_or_to_the_box(tiny_model: ZeroShotClassif
 
 def test_l2_spends_its_budget(tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
     inner = images * 0.5 + 0.25  # away from the box, which would clip some of it off
-    x_adv = attacks.square(tiny_model, inner, labels, THREATS[1], queries=30, early_stop=False)
-    torch.testing.assert_close((x_adv - inner).flatten(1).norm(dim=1), torch.full((len(inner),), 0.5), atol=1e-4, rtol=0)
+    x_adv = attacks.square(tiny_model, inner, labels, ThreatModel("l2", 0.2), queries=30, early_stop=False)
+    torch.testing.assert_close(
+        (x_adv - inner).flatten(1).norm(dim=1), torch.full((len(inner),), 0.2), atol=1e-5, rtol=0
+    )

@@ -94,6 +94,7 @@ def test_a_damaged_file_is_told_from_an_absent_one(root: Path) -> None:
 
 def test_the_default_folder_is_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLIPDEFENSE_DATASETS", raising=False)
+    monkeypatch.delenv("CLIPDEFENSE_CACHE", raising=False)
     assert default_root().parts[-2:] == ("clipdefense", "datasets")
     monkeypatch.setenv("CLIPDEFENSE_DATASETS", str(tmp_path))
     assert default_root() == tmp_path

@@ -224,6 +224,39 @@ def test_view_gradient_is_the_gradient_at_the_defended_image(
     assert not torch.equal(again(images), again(images))  # fresh draws each pass
 
 
+def test_smoothed_view_becomes_the_defence_when_sharp(
+    make_model: Callable[..., cd.ZeroShotClassifier], images: Tensor
+) -> None:
+    model, x = make_model(dtype=torch.float64), images.double()
+    ttc = TTC(model, threshold=float(TTC(model).drift(x).median()), steps=2)
+    noise = ttc.draw(x, torch.arange(len(x)), 0)
+    r = ttc.drift(x, noise=noise)
+    gate = torch.sigmoid((ttc.threshold - r) / (ttc.threshold / 4)).view(-1, 1, 1, 1)
+    always = TTC(model, threshold=float("1e9"), steps=2).perturbation(x, noise=noise)
+    smoothed = ttc.smoothed(x.requires_grad_(True), noise, kappa=1e9).detach()
+    expected = x.detach() + gate * always + (1 - gate) * box(x.detach(), noise)
+    torch.testing.assert_close(smoothed, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("benign", ["noise", "zero"])
+def test_smoothed_gradient_is_that_of_finite_differences(
+    benign: str, make_model: Callable[..., cd.ZeroShotClassifier], images: Tensor
+) -> None:
+    model, x = make_model(dtype=torch.float64), (images.double() * 0.8 + 0.1)[:3]
+    ttc = TTC(model, threshold=float(TTC(model).drift(x).median()), benign=benign)  # type: ignore[arg-type]
+    noise, v = ttc.draw(x, torch.arange(3), 0), torch.randn_like(x)
+
+    def loss(z: Tensor) -> Tensor:
+        return model(ttc.smoothed(z, noise)).square().sum()
+
+    leaf = x.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    h = 1e-7
+    above, below = (loss((x + sign * h * v).requires_grad_(True)) for sign in (1, -1))
+    torch.testing.assert_close((gradient * v).sum(), ((above - below) / (2 * h)).detach(), rtol=1e-4, atol=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+
+
 class TestART:
     """TTC in ``preprocessing_defences``, as ART calls it."""
 
@@ -293,6 +326,11 @@ def test_torchattacks_face(tiny_model: cd.ZeroShotClassifier, images: Tensor, la
         ({"eps": -0.1}, "eps is -0.1"),
         ({"steps": -1}, "steps is -1"),
         ({"steps": 1.5}, "steps is 1.5"),
+        ({"steps": True}, "steps is True"),
+        ({"eps": "4/255"}, "eps is '4/255'; a number"),
+        ({"threshold": "low"}, "threshold 'low'; finite numbers"),
+        ({"seed": "abc"}, "seed is 'abc'; a whole number is expected"),
+        ({"treshold": 0.1}, "option of TTC 'treshold' is unknown; did you mean 'threshold'"),
         ({"beta": float("nan")}, "beta is nan"),
         ({"benign": "nose"}, "benign 'nose' is unknown; did you mean 'noise'"),
         ({"batch_size": 0}, "batch_size is 0"),
@@ -309,6 +347,9 @@ def test_bad_images_and_noise(tiny_model: cd.ZeroShotClassifier, images: Tensor)
         TTC(tiny_model).perturbation(images * 255)
     with pytest.raises(cd.UsageError, match="noise has shape"):
         TTC(tiny_model).perturbation(images, noise=images[:2])
+    for ids in (torch.arange(len(images) - 1), torch.zeros(len(images)), torch.zeros(len(images), 1).long()):
+        with pytest.raises(cd.UsageError, match=r"ids has shape .*; one integer an image is expected"):
+            TTC(tiny_model).perturbation(images, ids=ids)
     with pytest.raises(cd.UsageError, match="model is a Linear, which has no embed"):
         TTC(nn.Linear(2, 2))
 

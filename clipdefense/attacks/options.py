@@ -1,0 +1,134 @@
+"""What every native attack can be told, and what it tells while it runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from clipdefense.errors import UsageError, unknown_name
+
+GradientDtype = Literal["fp32", "tf32", "bf16"]
+GRADIENT_DTYPES: tuple[GradientDtype, ...] = ("fp32", "tf32", "bf16")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far an attack is.
+
+    Attributes:
+        stage: which part of it runs, such as ``"apgd-t, target 2 of 9"``; empty where there is one part only.
+        done: images that left this part, broken or after all their steps.
+        total: images that this part was given: those that the parts before it left standing.
+        robust: images of it not yet broken.
+        seconds_left: for this part, at the pace so far.
+    """
+
+    stage: str
+    done: int
+    total: int
+    robust: int
+    seconds_left: float
+
+
+Progress = Callable[[Status], None]
+"""Told whenever images leave; None keeps quiet."""
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """Keyword arguments that all native attacks share.
+
+    Attributes:
+        seed: of the random draws; each is a function of (seed, image id, step) alone.
+        generator: where to draw the seed from instead.
+        ids: (N,) integers that name the images in the draws; 0 .. N-1 when not given.
+        batch_size: images a forward.
+        eot: gradient draws a step, averaged, for randomised models.
+        early_stop: an image leaves as soon as it is misclassified in fp32, with the iterate that broke it. Off,
+            every image goes through all steps (training's inner attack; randomised models, where one draw proves
+            little).
+        gradient_dtype: ``"fp32"``, ``"tf32"`` (CUDA) or ``"bf16"`` (autocast) for the forward and backward that give
+            gradients. Verdicts stay fp32: what looks broken otherwise is confirmed in fp32 before it leaves.
+        compile: run those forwards through ``torch.compile``, padded to four batch sizes so that few shapes compile.
+        progress: told how far the attack is; None keeps quiet.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    seed: int = 0
+    generator: torch.Generator | None = None
+    ids: Tensor | None = None
+    batch_size: int = 128
+    eot: int = 1
+    early_stop: bool = True
+    gradient_dtype: GradientDtype = "fp32"
+    compile: bool = False
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "eot"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name} is {value!r}; a whole number of at least 1 is expected.")
+        if self.gradient_dtype not in GRADIENT_DTYPES:
+            raise unknown_name("gradient_dtype", str(self.gradient_dtype), GRADIENT_DTYPES)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        """
+        Raises:
+            UsageError: an option that no attack has, or a value outside its range.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise unknown_name("option", name, known)
+        return cls(**options)
+
+
+AttackFunction = TypeVar("AttackFunction", bound=Callable[..., Tensor])
+
+
+def attack(function: AttackFunction) -> AttackFunction:
+    """Show the :class:`Options` in the signature of a function that takes them as ``**options``."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    shared = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(Options)
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+    return function
+
+
+def labelled(progress: Progress | None, label: str) -> Progress | None:
+    """The same progress with a label before each stage."""
+    if progress is None:
+        return None
+    return lambda status: progress(replace(status, stage=", ".join(filter(None, (label, status.stage)))))
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr: ``with progress_bar() as progress: attacks.run(..., progress=progress)``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[robust]} robust so far")
+    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, robust="")
+
+        def show(status: Status) -> None:
+            if bar.tasks[0].description != status.stage:
+                bar.reset(task, total=status.total, description=status.stage, robust=status.total)
+            bar.update(task, completed=status.done, total=status.total, robust=status.robust)
+
+        yield show

@@ -1,0 +1,34 @@
+"""What an evaluation is given: each object where it belongs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from clipdefense.defenses import TestTimeDefense
+from clipdefense.errors import UsageError
+from clipdefense.threat import ThreatModel
+
+
+def check_roles(model: Any, threat: Any, defense: Any, views: Any, eot: Any) -> None:
+    """Each object is where it belongs, and what only a defence has is asked of a defence only."""
+    if not isinstance(model, nn.Module):
+        advice = "; pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise UsageError(f"model is a {type(model).__name__}; a torch module, images -> logits, is expected{advice}.")
+    if not isinstance(threat, ThreatModel):
+        raise UsageError(f"threat is {threat!r}; a ThreatModel is expected, such as ThreatModel('linf', eps=1/255).")
+    if defense is not None and not isinstance(defense, TestTimeDefense):
+        got = defense.__name__ if isinstance(defense, type) else repr(defense)
+        raise UsageError(f"defense is {got}; an object is expected, such as get_defense('NAME')(model).")
+    if defense is None:
+        for name, value in (("views", views), ("eot", eot)):
+            if value is not None:
+                raise UsageError(f"{name} is {value!r}, but no defence is judged, and it is for adaptive views only.")
+
+
+def check_counts(**counts: Any) -> None:
+    """Each is a whole number of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UsageError(f"{name} is {value!r}; a whole number of at least 1 is expected.")
