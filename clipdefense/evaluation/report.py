@@ -40,7 +40,7 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
     """All evaluations as one table: what, attack, what was attacked, n, accuracy with its interval."""
     shown = Table(title=f"Accuracy in %, 95 % Wilson interval; {evaluations[0].threat}", title_justify="left")
     for column in ("judged", "attack", "what the attacker had"):
-        shown.add_column(column)
+        shown.add_column(column, overflow="fold")
     for column in ("n", "accuracy"):
         shown.add_column(column, justify="right", no_wrap=True)
     for evaluation in evaluations:

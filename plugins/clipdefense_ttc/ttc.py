@@ -231,7 +231,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _encoder(model: Any, argument: str) -> nn.Module:
+def _encoder(model: Any, argument: str) -> Any:
     """The module whose ``embed`` gives un-normalised embeddings."""
     module = model if isinstance(model, nn.Module) else getattr(model, "model", model)
     if not isinstance(module, nn.Module) or not callable(getattr(module, "embed", None)):
