@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clipdefense import ThreatModel, UsageError, ZeroShotClassifier, attacks
+from clipdefense import CLIPClassifier, ThreatModel, UsageError, ZeroShotClassifier, attacks
 from clipdefense.attacks.apgd import checkpoints
 from clipdefense.attacks.context import frozen, full_fp32, predict
 from clipdefense.attacks.engine import Evaluation
@@ -406,3 +406,12 @@ def test_a_model_that_returns_no_logits_is_refused(images: Tensor, labels: Tenso
 
     with pytest.raises(UsageError, match="model returned tuple"):
         attacks.pgd(Pair(), images, labels, THREATS[0])
+
+
+def test_what_is_no_module_or_no_threat_model_is_refused(
+    tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    with pytest.raises(UsageError, match=r"model is a CLIPClassifier.*pass its \.model"):
+        attacks.run("pgd", CLIPClassifier(tiny_model), images, labels, THREATS[0])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="threat is 'linf'; a ThreatModel is expected"):
+        attacks.run("pgd", tiny_model, images, labels, "linf")  # type: ignore[arg-type]

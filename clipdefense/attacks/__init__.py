@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clipdefense.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
 from clipdefense.attacks.autoattack import autoattack
-from clipdefense.attacks.context import predict
+from clipdefense.attacks.context import check_target, predict
 from clipdefense.attacks.engine import AttackWarning
 from clipdefense.attacks.fab import fab_t
 from clipdefense.attacks.objectives import cross_entropy, margin
@@ -55,6 +55,7 @@ def run(name: str, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, 
     Raises:
         UsageError: an unknown attack or option, or bad images or labels.
     """
+    check_target(model, threat)
     attack = get_attack(name)
     parameters = inspect.signature(attack).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

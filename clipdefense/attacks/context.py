@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipdefense.errors import UsageError
+from clipdefense.threat import ThreatModel
 
 
 @contextmanager
@@ -116,3 +117,16 @@ def predict(model: nn.Module, x: Tensor, *, batch_size: int = 128, **per_image: 
             keys = {key: value[rows] if isinstance(value, Tensor) else value for key, value in per_image.items()}
             logits.append(logits_of(model, x[rows], **keys))
     return torch.cat(logits)
+
+
+def check_target(model: Any, threat: Any) -> None:
+    """A module to attack, and a budget.
+
+    Raises:
+        UsageError: something else stands in the place of either.
+    """
+    if not isinstance(model, nn.Module):
+        advice = "; pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise UsageError(f"model is a {type(model).__name__}; a torch module, images -> logits, is expected{advice}.")
+    if not isinstance(threat, ThreatModel):
+        raise UsageError(f"threat is {threat!r}; a ThreatModel is expected, such as ThreatModel('linf', eps=1/255).")

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
+from clipdefense.attacks.context import check_target
 from clipdefense.defenses import TestTimeDefense
 from clipdefense.errors import UsageError
-from clipdefense.threat import ThreatModel
 
 
 def check_roles(model: Any, threat: Any, defense: Any, views: Any, eot: Any) -> None:
     """Each object is where it belongs, and what only a defence has is asked of a defence only."""
-    if not isinstance(model, nn.Module):
-        advice = "; pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise UsageError(f"model is a {type(model).__name__}; a torch module, images -> logits, is expected{advice}.")
-    if not isinstance(threat, ThreatModel):
-        raise UsageError(f"threat is {threat!r}; a ThreatModel is expected, such as ThreatModel('linf', eps=1/255).")
+    check_target(model, threat)
     if defense is not None and not isinstance(defense, TestTimeDefense):
         got = defense.__name__ if isinstance(defense, type) else repr(defense)
         raise UsageError(f"defense is {got}; an object is expected, such as get_defense('NAME')(model).")
