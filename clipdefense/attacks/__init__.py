@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from clipdefense.attacks.objectives import cross_entropy, margin
 from clipdefense.attacks.options import Options, Status, progress_bar
 from clipdefense.attacks.pgd import pgd
 from clipdefense.attacks.square import square
-from clipdefense.errors import unknown_name
+from clipdefense.errors import check_options
 from clipdefense.plugins import get_attack
 from clipdefense.threat import ThreatModel
 
@@ -57,10 +56,5 @@ def run(name: str, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, 
     """
     check_target(model, threat)
     attack = get_attack(name)
-    parameters = inspect.signature(attack).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
-        for option in options:
-            if option not in known:
-                raise unknown_name(f"option of attack {name!r}", option, known)
+    check_options(attack, options, f"option of attack {name!r}", given=4)
     return attack(model, x, y, threat, **options)
