@@ -20,7 +20,7 @@ _HOME = {
     "TestTimeDefense": "defenses",
     "ThreatModel": "threat",
     "TokenEmbeddings": "classifier",
-    "TrainerDefense": "defenses",
+    "TrainerDefense": "trainers",
     "TrainingConfig": "training.config",
     "Traits": "defenses",
     "UsageError": "errors",
@@ -41,13 +41,14 @@ __all__ = [*_HOME, *_SUBMODULES, "__version__"]
 if TYPE_CHECKING:
     from clipdefense import attacks, data, training
     from clipdefense.classifier import ClassHead, EmbeddingTable, TokenEmbeddings, ZeroShotClassifier
-    from clipdefense.defenses import AttackView, InputDefense, TestTimeDefense, TrainerDefense, Traits, ViewModule
+    from clipdefense.defenses import AttackView, InputDefense, TestTimeDefense, Traits, ViewModule
     from clipdefense.errors import MissingPackageError, UsageError
     from clipdefense.estimator import CLIPClassifier
     from clipdefense.evaluation import evaluate
     from clipdefense.hookspecs import hookimpl
     from clipdefense.plugins import get_attack, get_defense, list_plugins, load_dataset, load_model
     from clipdefense.threat import ThreatModel
+    from clipdefense.trainers import TrainerDefense
     from clipdefense.training.config import TrainingConfig
 
 

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
-from art.defences.trainer import Trainer
 from torch import Tensor, nn
 
 from clipdefense.checks import check_batch, check_images
 from clipdefense.errors import UsageError, check_options
-from clipdefense.randomness import draw_seed
-from clipdefense.threat import ThreatModel
-
-if TYPE_CHECKING:
-    from clipdefense.classifier import ZeroShotClassifier
-    from clipdefense.estimator import CLIPClassifier
-    from clipdefense.training.config import TrainingConfig
-    from clipdefense.training.state import History
 
 
 @dataclass(frozen=True)
@@ -40,19 +30,33 @@ class Traits:
     stateful: bool = False
 
 
+class Numbers:
+    """Ids for images that came without: negative, so as never to meet a caller's own; each image has its own."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def next(self, x: Tensor) -> Tensor:
+        """(N,) ids for the images of x, in the order in which images were ever seen."""
+        first = -1 - self.seen
+        self.seen += len(x)
+        return torch.arange(first, first - len(x), -1, device=x.device)
+
+
 @dataclass(frozen=True)
 class AttackView:
     """One way an attacker who knows the defence can attack it.
 
     Attributes:
         name: short and unique within the defence, such as ``"bpda"``.
-        forward: ``(x, generator) -> (N, C)`` logits, differentiable in x; random draws come from the generator.
+        forward: ``(x, ids, seed) -> (N, C)`` logits, differentiable in x; random draws are keyed by (seed, id), so
+            that an image's draws do not depend on its neighbours. ids is (N,) int64.
         extra_loss: ``(x, y) -> (N,)``, added to what the attacker maximises (gate evasion), or None.
         eot: draws over which the attacker averages gradients; 1 for a deterministic view.
     """
 
     name: str
-    forward: Callable[[Tensor, torch.Generator], Tensor]
+    forward: Callable[[Tensor, Tensor, int], Tensor]
     extra_loss: Callable[[Tensor, Tensor], Tensor] | None = None
     eot: int = 1
 
@@ -60,8 +64,9 @@ class AttackView:
 class ViewModule(nn.Module):
     """An :class:`AttackView` as a module with logits, so that every attack runs on it unchanged.
 
-    Each forward draws afresh from a generator seeded at construction: repeated passes over the same image are the
-    EOT draws, and two modules of the same seed give the same sequence.
+    An attack that knows image ids passes them, a fresh one for every draw it wants; for one that does not, each
+    forward takes the next numbers of a counter: repeated passes over the same image are the EOT draws, and two
+    modules of the same seed give the same sequence.
     """
 
     def __init__(self, view: AttackView, model: nn.Module, seed: int = 0) -> None:
@@ -74,10 +79,18 @@ class ViewModule(nn.Module):
         super().__init__()
         self.view = view
         self.model = model
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.numbers = Numbers()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.view.forward(x, self.generator)
+    def forward(self, x: Tensor, ids: Tensor | None = None, seed: int | None = None) -> Tensor:
+        """
+        Args:
+            x: (N, C, H, W) in [0, 1].
+            ids: (N,) integers that key the view's draws; None takes the next numbers.
+            seed: of the draws; None is the module's own.
+        """
+        ids = self.numbers.next(x) if ids is None else ids
+        return self.view.forward(x, ids, self.seed if seed is None else seed)
 
     def extra_loss(self, x: Tensor, y: Tensor) -> Tensor | None:
         """The view's own term of the attacker's objective, (N,), or None."""
@@ -144,7 +157,7 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):
         super().__init__(device_type="gpu", is_fitted=True, apply_fit=False, apply_predict=True)
         self.seed = seed
         self.batch_size = batch_size
-        self._seen = 0
+        self._numbers = Numbers()
 
     @abc.abstractmethod
     def perturb(self, x: Tensor, noise: Tensor | None) -> Tensor:
@@ -186,7 +199,7 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):
         """Any values: attacks of other libraries step outside [0, 1] by rounding, and must not fail inside."""
         check_batch(x)
         if ids is None and noise is None:
-            ids = self._number(x)
+            ids = self._numbers.next(x)
         if ids is not None and (ids.shape != x.shape[:1] or ids.is_floating_point()):
             raise UsageError(f"ids has shape {tuple(ids.shape)}, {ids.dtype}; one integer an image is expected.")
         parts = []
@@ -205,13 +218,7 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):
 
     def reset(self) -> None:
         """Begin the sequence of un-numbered draws again: the same calls then give the same results."""
-        self._seen = 0
-
-    def _number(self, x: Tensor) -> Tensor:
-        """Ids for images that came without: negative, so as never to meet a caller's own."""
-        first = -1 - self._seen
-        self._seen += len(x)
-        return torch.arange(first, first - len(x), -1, device=x.device)
+        self._numbers = Numbers()
 
     def defend(self, x: Tensor, *, ids: Tensor | None = None, seed: int | None = None) -> Tensor:
         """Defended images; the gradient in x is the identity (BPDA), which ART needs inside ``forward``."""
@@ -225,169 +232,6 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):
         """ART's face: (defended images, labels as they came)."""
         return self.defend(x), y
 
-    def bpda(self, model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
-        """A view's forward: logits of the defended model, straight-through gradient, draws from the generator."""
-        return model(self.defend(x, ids=torch.arange(len(x), device=x.device), seed=draw_seed(generator)))
-
-
-class TrainerDefense(Trainer):
-    """A defence that fine-tunes the image tower: an ART trainer on the core's loop.
-
-    A subclass states the inner attack's objective, the parameters that train, and :meth:`losses`. The loop takes
-    care of data, attack, optimiser, schedule, checkpoints and resuming.
-
-    Attributes:
-        name: as registered, written into model files.
-        threat: the inner attack's budget (``steps`` and ``alpha`` included).
-        config: optimiser, schedule, batch size, epochs.
-        variant: ``"released"`` computes what the released code computes; ``"default"`` is for use today.
-        history: what the last fit measured, a :class:`clipdefense.training.state.History`; None before.
-        provenance: of the last finished fit: ``training`` (its config) and ``base_weights_sha256``.
-    """
-
-    name: ClassVar[str] = ""
-    variants: ClassVar[tuple[str, ...]] = ("default",)
-    needs_labels: ClassVar[bool] = True
-    history: History | None = None
-    provenance: Mapping[str, Any] = MappingProxyType({})
-
-    def __init__(
-        self,
-        classifier: CLIPClassifier | ZeroShotClassifier,
-        *,
-        threat: ThreatModel | None = None,
-        config: TrainingConfig | None = None,
-        variant: str = "default",
-        **overrides: Any,
-    ) -> None:
-        """
-        Args:
-            classifier: the estimator (ART) or the bare model to train, in place.
-            threat: budget of the inner attack; None is the method's own.
-            config: training hyper-parameters; None is the method's own.
-            variant: one of :attr:`variants`.
-            overrides: single fields of the config, such as ``epochs=2``.
-
-        Raises:
-            UsageError: an unknown variant, a field the config does not have, or a classifier without a tower.
-        """
-        from clipdefense.classifier import ZeroShotClassifier
-        from clipdefense.errors import unknown_name
-        from clipdefense.estimator import CLIPClassifier
-
-        if variant not in self.variants:
-            raise unknown_name("variant", variant, self.variants)
-        estimator = classifier if isinstance(classifier, CLIPClassifier) else CLIPClassifier(classifier)
-        if not isinstance(estimator.model, ZeroShotClassifier):
-            raise UsageError(
-                f"classifier holds a {type(estimator.model).__name__}; a ZeroShotClassifier, whose tower trains, is "
-                "expected (clipdefense.load_model makes one)."
-            )
-        super().__init__(estimator)
-        self.variant = variant
-        self.threat = threat if threat is not None else self.default_threat()
-        self.config = (config if config is not None else self.default_config()).override(**overrides)
-
-    @property
-    def model(self) -> ZeroShotClassifier:
-        """The module being trained."""
-        return self._classifier.model
-
-    @abc.abstractmethod
-    def default_threat(self) -> ThreatModel:
-        """The published inner attack for :attr:`variant`."""
-
-    @abc.abstractmethod
-    def default_config(self) -> TrainingConfig:
-        """The published hyper-parameters for :attr:`variant`."""
-
-    @abc.abstractmethod
-    def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Named scalar loss terms; their sum is minimised.
-
-        Args:
-            batch: ``x`` clean images, ``x_adv`` the inner attack's, ``ids``, ``y`` labels where the method needs them.
-
-        Returns:
-            Scalars, each a mean over the batch (pieces of a batch and processes are averaged).
-        """
-
-    def attack_objective(self, batch: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """What the inner attack maximises: ``(logits, y) -> (N,)``; cross-entropy unless the method says otherwise."""
-        from clipdefense.attacks.objectives import cross_entropy
-
-        return cross_entropy
-
-    def inner_attack(self, batch: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
-        """What the attack adds to the batch before :meth:`losses`; PGD on :meth:`attack_objective` unless overridden.
-
-        Args:
-            batch: ``x``, ``ids`` and, where there are labels, ``y``.
-            seed: of the draws, which the ids key.
-
-        Returns:
-            ``x_adv`` (N, C, H, W) in [0, 1], and whatever else the method's losses read.
-        """
-        from clipdefense.attacks.pgd import pgd
-
-        x, y = batch["x"], batch["y"]
-        every: dict[str, Any] = {"early_stop": False, "batch_size": len(x), "seed": seed, "ids": batch["ids"]}
-        return {"x_adv": pgd(self.model, x, y, self.threat, objective=self.attack_objective(batch), **every)}
-
-    def begin(self) -> None:
-        """Called once a fit, with the original weights on the training device; the place to copy a frozen model."""
-
-    def hyper_parameters(self) -> Mapping[str, Any]:
-        """The method's own (weights of terms, temperatures), JSON-ready: for model files, and for a resume to match."""
-        return {}
-
-    def trainable_parameters(self, train: str) -> Iterable[nn.Parameter]:
-        """The parameters that train: the part of the image tower that the config's ``train`` names."""
-        from clipdefense.training.parameters import select_parameters
-
-        return select_parameters(self.model.tower, train)
-
-    def fit(self, x: Any, y: Any = None, validation_data: Any = None, **overrides: Any) -> None:
-        """Train in place.
-
-        Args:
-            x: images (N, C, H, W) in [0, 1], array or tensor; or, without y, a dataset of (image, label) items.
-            y: integer or one-hot labels; None where the method needs none.
-            validation_data: held-out (x, y) of the training distribution, or a dataset, for :attr:`history`.
-            overrides: config fields for this fit; ART's ``nb_epochs`` and ``verbose`` are understood.
-
-        Raises:
-            UsageError: images, labels or options that cannot be used, before any work; a fit that diverged (the
-                weights are the last good ones) or ran out of memory.
-        """
-        from clipdefense.training.loop import fit_arrays
-
-        fit_arrays(self, x, y, self.config.override(**_our_names(overrides)), validation_data)
-
-    def fit_generator(self, generator: Any, validation_data: Any = None, **overrides: Any) -> None:
-        """Train on an ART ``DataGenerator``; the rest as in :meth:`fit`."""
-        from clipdefense.training.loop import fit_generator
-
-        fit_generator(self, generator, self.config.override(**_our_names(overrides)), validation_data)
-
-    def fit_loader(self, loader: Any, validation_data: Any = None, **overrides: Any) -> None:
-        """Train on any iterable of (images, labels) batches, such as a ``DataLoader``; the rest as in :meth:`fit`."""
-        from clipdefense.training.loop import fit_loader
-
-        fit_loader(self, loader, self.config.override(**_our_names(overrides)), validation_data)
-
-    def record(self) -> dict[str, Any]:
-        """How the model was trained, for :func:`clipdefense.training.save_model`."""
-        return {
-            "method": self.name,
-            "variant": self.variant,
-            "hyper_parameters": dict(self.hyper_parameters()),
-            "threat": asdict(self.threat),
-            **self.provenance,
-        }
-
-
-def _our_names(overrides: dict[str, Any]) -> dict[str, Any]:
-    """ART's names for two config fields; the rest has the same name."""
-    ours = {"nb_epochs": "epochs", "verbose": "show_progress"}
-    return {ours.get(name, name): value for name, value in overrides.items()}
+    def bpda(self, model: nn.Module, x: Tensor, ids: Tensor, seed: int) -> Tensor:
+        """A view's forward: logits of the defended model, straight-through gradient, draws keyed by (seed, id)."""
+        return model(self.defend(x, ids=ids, seed=seed))

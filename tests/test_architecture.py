@@ -25,7 +25,7 @@ RANKS = [
     {"checks", "files", "native", "plugins", "threat"},
     {"classifier", "data"},
     {"attacks", "weights"},
-    {"estimator", "defenses"},
+    {"estimator", "defenses", "trainers"},
     {"evaluation"},
     {"training"},  # its model files carry the evaluation's fingerprint; the evaluation knows nothing of training
     {"cli"},
@@ -34,7 +34,7 @@ RANKS = [
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
 
 # What may be imported from above inside a function: `fit` and what belongs to it load the loop when they are called.
-LAZY = {("defenses", "training"), ("defenses", "estimator")}
+LAZY = {("trainers", "training"), ("trainers", "estimator")}
 
 SEVEN = ("__init__", "hookspecs", "plugins", "threat", "classifier", "estimator", "defenses")
 

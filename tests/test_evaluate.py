@@ -33,7 +33,7 @@ class Shuffle(cd.InputDefense):
         return (uniform(tuple(x.shape[1:]), ids, seed=seed) - 0.5) * 0.2
 
     def adaptive(self, model: nn.Module) -> tuple[cd.AttackView, ...]:
-        return (cd.AttackView("eot", lambda x, g: self.bpda(model, x, g), eot=3),)
+        return (cd.AttackView("eot", lambda x, ids, seed: self.bpda(model, x, ids, seed), eot=3),)
 
 
 class Blind(Shuffle):
@@ -134,7 +134,7 @@ def test_a_view_does_not_decide_that_an_image_is_broken(
 
     class Pessimist(Shuffle):
         def adaptive(self, model: nn.Module) -> tuple[cd.AttackView, ...]:
-            return (cd.AttackView("inverted", lambda x, g: passes.append(len(x)) or -model(x), eot=2),)  # type: ignore[func-returns-value]
+            return (cd.AttackView("inverted", lambda x, ids, seed: passes.append(len(x)) or -model(x), eot=2),)  # type: ignore[func-returns-value]
 
     passes: list[int] = []
     result = cd.evaluate(tiny_model, images, labels, THREAT, attacks=["pgd"], defense=Pessimist(), verdict_seeds=1)

@@ -386,7 +386,7 @@ class _Job:
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         common = {k: v for k, v in common.items() if k in parameters or (open_ended and k == "batch_size")}
         if isinstance(target, ViewModule):  # a row does not depend on which attacks came before it
-            target.generator.manual_seed(self.seed)
+            target.numbers.seen = 0
         x_adv = self.x.clone()
         rows = torch.from_numpy(standing.correct.any(axis=0)).to(self.x.device)
         if rows.any():

@@ -41,6 +41,8 @@ class TrainingConfig:
         accumulate: pieces a batch is cut into, one after the other; the update stays that of the whole batch, the
             memory is that of one piece.
         bf16: bfloat16 autocast around the losses; the inner attack stays in float32.
+        low_memory: keep no graph of the losses' forward passes and compute each again in the backward: the memory of
+            one graph, for one more forward each.
         seed: of data order, attack noise and dropout.
         train: what trains in the image tower: ``"tower"``, ``"last_blocks:k"`` (the last k blocks and what follows
             them), ``"layernorm"`` (every LayerNorm) or ``"head"`` (the last projection).
@@ -76,6 +78,7 @@ class TrainingConfig:
     max_grad_norm: float | None = None
     accumulate: int = 1
     bf16: bool = False
+    low_memory: bool = False
     seed: int = 0
     train: str = "tower"
     mix: float = 1.0

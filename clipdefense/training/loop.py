@@ -19,6 +19,7 @@ from clipdefense.errors import UsageError
 from clipdefense.training import data, guard
 from clipdefense.training.checkpoint import save_model
 from clipdefense.training.config import TrainingConfig
+from clipdefense.training.memory import recomputing
 from clipdefense.training.parameters import training_only
 from clipdefense.training.progress import TrainingProgress
 from clipdefense.training.runtime import derive_seed, deterministic, generators_kept, on_device
@@ -27,7 +28,7 @@ from clipdefense.training.state import MODEL_FILE, STATE_FILE, History, Position
 from clipdefense.weights import sha256_of_weights
 
 if TYPE_CHECKING:
-    from clipdefense.defenses import TrainerDefense
+    from clipdefense.trainers import TrainerDefense
 
 Record = dict[str, float]
 
@@ -153,6 +154,7 @@ class Loop:
             stack.enter_context(deterministic(self.config.deterministic))
             stack.enter_context(on_device(self.model, self.device))
             stack.enter_context(training_only(self.model, self.weights))
+            stack.enter_context(recomputing(self.defense, self.config.low_memory))
             self._prepare()
             title = self.defense.name or type(self.defense).__name__
             show = self.config.show_progress and self.accelerator.is_main_process

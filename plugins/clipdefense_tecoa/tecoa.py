@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipdefense.defenses import TrainerDefense
 from clipdefense.threat import ThreatModel
+from clipdefense.trainers import TrainerDefense
 from clipdefense.training.config import TrainingConfig
 
 
@@ -67,4 +67,4 @@ class TeCoA(TrainerDefense):
         )
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"ce": tecoa_loss(self.model(batch["x_adv"]), batch["y"])}
+        return {"ce": tecoa_loss(self.logits(batch["x_adv"]), batch["y"])}

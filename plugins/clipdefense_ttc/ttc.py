@@ -29,7 +29,7 @@ from clipdefense.attacks.context import attack_mode, frozen
 from clipdefense.attacks.norms import box, per_image
 from clipdefense.defenses import AttackView, InputDefense, Traits
 from clipdefense.errors import UsageError, unknown_name
-from clipdefense.randomness import draw_seed, uniform
+from clipdefense.randomness import uniform
 
 
 def drift_ratio(f_noisy: Tensor, f_clean: Tensor) -> Tensor:
@@ -215,14 +215,13 @@ class TTC(InputDefense):
         * ``smoothed``: the unrolled counterattack of :meth:`smoothed`, which can.
         """
 
-        def smoothed(x: Tensor, generator: torch.Generator) -> Tensor:
-            ids = torch.arange(len(x), device=x.device)
+        def smoothed(x: Tensor, ids: Tensor, seed: int) -> Tensor:
             with torch.enable_grad():
                 leaf = x if x.requires_grad else x.detach().requires_grad_(True)
-                return model(self.smoothed(leaf, self.draw(x.detach(), ids, draw_seed(generator))))
+                return model(self.smoothed(leaf, self.draw(x.detach(), ids, seed)))
 
         return (
-            AttackView("bpda-eot", lambda x, generator: self.bpda(model, x, generator), eot=20),
+            AttackView("bpda-eot", lambda x, ids, seed: self.bpda(model, x, ids, seed), eot=20),
             AttackView("smoothed", smoothed, eot=20),
         )
 

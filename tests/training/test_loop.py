@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clipdefense.attacks.pgd import pgd
 from clipdefense.classifier import ZeroShotClassifier
-from clipdefense.defenses import TrainerDefense
 from clipdefense.errors import UsageError
 from clipdefense.estimator import CLIPClassifier
+from clipdefense.trainers import TrainerDefense
 from clipdefense.training.guard import DivergedError
 from clipdefense.training.parameters import training_only
 from clipdefense.training.runtime import derive_seed

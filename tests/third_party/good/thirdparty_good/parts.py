@@ -36,7 +36,7 @@ class Smooth(cd.InputDefense):
         return self.strength * (F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False) - x)
 
     def adaptive(self, model: nn.Module) -> tuple[cd.AttackView, ...]:
-        return (cd.AttackView("bpda", lambda x, generator: self.bpda(model, x, generator)),)
+        return (cd.AttackView("bpda", lambda x, ids, seed: self.bpda(model, x, ids, seed)),)
 
 
 def corner(
