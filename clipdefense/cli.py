@@ -91,8 +91,8 @@ def _construct(cls: Any, name: str, *args: Any, **options: Any) -> Any:
 def _kind(name: str, kind: str) -> Any:
     """The class of a test-time or a trainer defence; one of the other kind is the user's mistake."""
     from clipdefense.defenses import TestTimeDefense
-    from clipdefense.trainers import TrainerDefense
     from clipdefense.plugins import get_defense
+    from clipdefense.trainers import TrainerDefense
 
     cls = get_defense(name)
     if kind == "test-time" and not issubclass(cls, TestTimeDefense):

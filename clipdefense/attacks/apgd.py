@@ -36,7 +36,7 @@ class _APGD:
         self.evaluations, self.uses_gradient = steps + 1, True  # the start and every iterate
         self.ball, self.eps, self.alpha, self.rho = ball, eps, alpha, rho
         self.seed, self.stream = seed, stream
-        self.interval = [0] * (steps + 1)  # k -> iterations since the checkpoint before, 0 where k is none
+        self.interval = torch.zeros(steps + 1)  # k -> iterations since the checkpoint before, 0 where k is none
         before = 0
         for w in checkpoints(steps):
             self.interval[w], before = w - before, w
@@ -45,6 +45,7 @@ class _APGD:
         noise = self.ball.surface(x, ids, self.eps, seed=self.seed, stream=self.stream)
         x_adv = (x + noise).clamp_(0.0, 1.0)
         n, zero = len(x), x.new_zeros(len(x))
+        self.interval = self.interval.to(x.device)
         low = x.new_full((n,), -math.inf)
         return {
             "x": x,
@@ -81,7 +82,7 @@ class _APGD:
 
     def _checkpoint(self, s: engine.State, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Conditions 1 and 2 of section 3.1: where one holds, halve eta and go on from the best point."""
-        interval = torch.tensor(self.interval, device=gradient.device)[s["k"]]
+        interval = self.interval[s["k"]]
         due = interval > 0
         oscillates = s["increases"] < self.rho * interval
         stalls = ~s["halved"] & (s["checkpoint_loss"] >= s["best_loss"])

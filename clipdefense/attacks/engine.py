@@ -37,7 +37,7 @@ class Evaluation(NamedTuple):
     """What the model says at ``state["x_adv"]``."""
 
     loss: Tensor  # (N,), what the attack maximises
-    gradient: Tensor  # (N, C, H, W) of the loss; empty for a method that asks for none
+    gradient: Tensor  # (N, C, H, W) of the loss; zero in rows for which none was asked, empty where no row asks
     wrong: Tensor  # (N,) bool, misclassified on most draws
 
 
@@ -58,13 +58,13 @@ class Method(Protocol):
 
 
 class MinimumNorm(Method, Protocol):
-    """A method whose points may lie outside the ball, and whose images may finish before ``evaluations``."""
+    """A method whose points may lie outside the ball, and some of which are only looked at, without a gradient."""
 
     def inside(self, state: State) -> Tensor:
         """(N,) whether ``x_adv`` is within the budget."""
 
-    def finished(self, state: State) -> Tensor:
-        """(N,) whether the image has had all its steps."""
+    def gradient_at(self, age: Tensor) -> Tensor:
+        """(N,) whether an image's next evaluation needs its gradient; age and answer on the CPU."""
 
 
 class Outcome(NamedTuple):
@@ -173,7 +173,7 @@ class _Run:
         self.options, self.keys, self.goal = task.options, keys, goal
         self.forward = Forward(task.model, task.ids, task.seed, task.options)
         self.inside: Callable[[State], Tensor] | None = getattr(method, "inside", None)
-        self.finished: Callable[[State], Tensor] | None = getattr(method, "finished", None)
+        self.gradient_at: Callable[[Tensor], Tensor] = getattr(method, "gradient_at", self._always)
         self.late = reads_late(task.x.device)
         self.x_adv = task.x.clone()
         self.broken = torch.zeros(len(task.x), dtype=torch.bool)
@@ -223,23 +223,41 @@ class _Run:
         self.arguments = tuple(key[self.rows] for key in self.keys)
 
     def _evaluate(self) -> tuple[Evaluation, _Claim]:
-        x_adv, uses_gradient = self.state["x_adv"], self.method.uses_gradient
-        extra: Callable[..., Tensor | None] = getattr(self.task.model, "extra_loss", lambda x, y: None)
-        loss, gradient, logits = evaluate(
-            self.forward.bound(self.rows, self.age, self.options.eot),
-            x_adv,
-            lambda logits: self.objective(logits, self.y, *self.arguments),
-            eot=self.options.eot,
-            gradient=uses_gradient,
-            dtype=self.options.gradient_dtype,
-            extra=lambda x: extra(x, self.y),
-        )
+        x_adv = self.state["x_adv"]
+        steep = self.gradient_at(self.age)
+        if steep.all() or not steep.any():
+            loss, gradient, logits = self._pass(slice(None), bool(steep[0]))
+        else:
+            order = torch.cat([steep.nonzero()[:, 0], (~steep).nonzero()[:, 0]]).to(self.rows.device)
+            some, rest = order.tensor_split([int(steep.sum())])
+            parts = self._pass(some, True), self._pass(rest, False)
+            back = order.argsort()
+            loss, logits = torch.cat([part[0] for part in parts])[back], torch.cat([p[2] for p in parts], dim=1)[:, back]
+            gradient = torch.zeros_like(x_adv).index_copy(0, some, parts[0][1])
         missed = self._missed(logits, self.rows)
         wrong = missed[0] if len(missed) == 1 else missed.float().mean(dim=0) > 0.5
-        if uses_gradient and not self.age.all():
+        if self.method.uses_gradient and not self.age.all():
             fresh = self.rows[(self.age == 0).to(self.rows.device)]
             self.dead[fresh] = ~gradient[(self.age == 0).to(self.rows.device)].flatten(1).any(dim=1)
         return Evaluation(loss, gradient, wrong), self._claim(wrong, logits, x_adv)
+
+    def _pass(self, rows: slice | Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Those rows through the model: loss (n,), gradient (n, C, H, W) or empty, logits (draws, n, classes)."""
+        extra: Callable[..., Tensor | None] = getattr(self.task.model, "extra_loss", lambda x, y: None)
+        y, arguments = self.y[rows], [key[rows] for key in self.arguments]
+        age = self.age[rows if isinstance(rows, slice) else rows.cpu()]
+        return evaluate(
+            self.forward.bound(self.rows[rows], age, self.options.eot),
+            self.state["x_adv"][rows],
+            lambda logits: self.objective(logits, y, *arguments),
+            eot=self.options.eot,
+            gradient=gradient,
+            dtype=self.options.gradient_dtype,
+            extra=lambda x: extra(x, y),
+        )
+
+    def _always(self, age: Tensor) -> Tensor:
+        return torch.full(age.shape, self.method.uses_gradient)
 
     def _claim(self, wrong: Tensor, logits: Tensor, x_adv: Tensor) -> _Claim:
         if not self.options.early_stop:
@@ -287,8 +305,7 @@ class _Run:
 
     def _finished(self) -> Tensor:
         """(N,) rows that had all their evaluations; ages are on the CPU, so that nothing waits for the device."""
-        done = self.age >= self.method.evaluations
-        return done if self.finished is None else done | self.finished(self.state).cpu()
+        return self.age >= self.method.evaluations
 
     def _release(self, done: Tensor) -> None:
         rows = done.nonzero()[:, 0].to(self.rows.device)

@@ -56,14 +56,18 @@ def to_hyperplane(x: Tensor, w: Tensor, gap: Tensor, norm: Norm) -> Tensor:
 
 
 class _FAB:
-    """Algorithm 1 towards one class, an image a row; ``k`` counts its forward steps."""
+    """Algorithm 1 towards one class, an image a row.
+
+    Evaluations alternate: at an iterate, with its gradient, and at the point its step leads to, which is only
+    classified. Where a step led over the boundary the next iterate is on the way back, else it is that point.
+    """
 
     uses_gradient = True
 
     def __init__(self, norm: Norm, eps: float, steps: int, alpha_max: float, eta: float, beta: float) -> None:
         self.norm, self.eps, self.steps = norm, eps, steps
         self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
-        self.evaluations = 2 * steps + 2  # a step that lands beyond the boundary costs an evaluation for the way back
+        self.evaluations = 2 * steps
 
     def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
         delta = (x_adv - x).flatten(1)
@@ -75,15 +79,13 @@ class _FAB:
             "x_adv": x.clone(),
             "best": x.clone(),
             "norm": x.new_full((len(x),), math.inf),
-            "returned": torch.zeros(len(x), dtype=torch.bool, device=x.device),
-            "k": torch.zeros(len(x), dtype=torch.long, device=x.device),
         }
 
     def inside(self, s: engine.State) -> Tensor:
         return self.distance(s["x"], s["x_adv"]) <= self.eps
 
-    def finished(self, s: engine.State) -> Tensor:
-        return s["k"] > self.steps
+    def gradient_at(self, age: Tensor) -> Tensor:
+        return age % 2 == 0
 
     def advance(self, s: engine.State, seen: engine.Evaluation, age: Tensor) -> engine.State:
         x, x_adv = s["x"], s["x_adv"]
@@ -91,11 +93,13 @@ class _FAB:
         nearer = seen.wrong & (distance < s["norm"])
         s["best"] = torch.where(per_image(nearer, x), x_adv, s["best"])
         s["norm"] = torch.where(nearer, distance, s["norm"])
-        back = seen.wrong & ~s["returned"]
-        forward = self._forward(x, x_adv, seen.loss.to(x.dtype), seen.gradient)
-        s["x_adv"] = torch.where(per_image(back, x), x + self.beta * (x_adv - x), forward)
-        s["returned"] = back
-        s["k"] = s["k"] + (~back).long()
+        following = torch.where(per_image(seen.wrong, x), x + self.beta * (x_adv - x), x_adv)
+        steep = self.gradient_at(age)
+        if steep.any():
+            rows = steep.nonzero()[:, 0].to(x.device)
+            stepped = self._forward(x[rows], x_adv[rows], seen.loss[rows].to(x.dtype), seen.gradient[rows])
+            following = following.index_copy(0, rows, stepped)
+        s["x_adv"] = following
         return s
 
     def _forward(self, x: Tensor, x_adv: Tensor, gap: Tensor, gradient: Tensor) -> Tensor:

@@ -42,9 +42,10 @@ class _Square:
     def __init__(self, eps: float, queries: int, p: float, seed: int, shape: tuple[int, ...]) -> None:
         self.evaluations = queries
         self.eps, self.seed = eps, seed
-        self.sides = window_sides(p, queries, shape[-2], shape[-1], self.least_side)
+        self.sides = torch.tensor(window_sides(p, queries, shape[-2], shape[-1], self.least_side))
 
     def start(self, x: Tensor, ids: Tensor) -> engine.State:
+        self.to(x)
         x_adv = self.initial(x, ids)
         return {
             "x": x,
@@ -55,13 +56,17 @@ class _Square:
             "k": torch.zeros(len(x), dtype=torch.int64, device=x.device),
         }
 
+    def to(self, like: Tensor) -> None:
+        """The tables to the images' device, once."""
+        self.sides = self.sides.to(like.device)
+
     def advance(self, s: engine.State, seen: engine.Evaluation, age: Tensor) -> engine.State:
         loss = seen.loss.to(s["loss"].dtype)
         better = loss > s["loss"]
         s["best"] = torch.where(per_image(better, s["best"]), s["x_adv"], s["best"])
         s["loss"] = torch.where(better, loss, s["loss"])
         s["k"] = s["k"] + 1
-        side = torch.tensor(self.sides, device=loss.device)[s["k"].clamp_max(len(self.sides) - 1)]
+        side = self.sides[s["k"].clamp_max(len(self.sides) - 1)]
         s["x_adv"] = self.propose(s, side)
         return s
 
@@ -139,7 +144,7 @@ class _SquareL2(_Square):
 
     def __init__(self, eps: float, queries: int, p: float, seed: int, shape: tuple[int, ...]) -> None:
         super().__init__(eps, queries, p, seed, shape)
-        known = sorted(set(self.sides))
+        known = sorted(set(self.sides.tolist()))
         self.row_of = {side: row for row, side in enumerate(known)}
         largest = known[-1]
         # every pattern in one table, so that images at different window sizes are handled together
@@ -149,6 +154,10 @@ class _SquareL2(_Square):
         lookup = torch.zeros(largest + 1, dtype=torch.long)
         lookup[known] = torch.arange(len(known))
         self.lookup = lookup
+
+    def to(self, like: Tensor) -> None:
+        super().to(like)
+        self.patterns, self.lookup = self.patterns.to(like), self.lookup.to(like.device)
 
     def initial(self, x: Tensor, ids: Tensor) -> Tensor:
         """A grid of 5 x 5 tiles, each in the shape of eta with random signs and orientation, scaled to eps."""
@@ -185,14 +194,13 @@ class _SquareL2(_Square):
 
     def _placed(self, side: Tensor, top: Tensor, left: Tensor, turned: Tensor, x: Tensor) -> Tensor:
         """eta at each image's window, zero elsewhere: (N, 1, H, W)."""
-        patterns = self.patterns.to(x)
-        row = self.lookup.to(x.device)[side][:, None, None]
+        row = self.lookup[side][:, None, None]
         r = torch.arange(x.shape[2], device=x.device)[None, :, None] - top[:, None, None]
         c = torch.arange(x.shape[3], device=x.device)[None, None, :] - left[:, None, None]
         inside = (r >= 0) & (r < side[:, None, None]) & (c >= 0) & (c < side[:, None, None])
         r, c = (torch.where(inside, index, 0) for index in torch.broadcast_tensors(r, c))
         turn = turned[:, None, None]
-        return torch.where(inside, patterns[row, torch.where(turn, c, r), torch.where(turn, r, c)], 0.0)[:, None]
+        return torch.where(inside, self.patterns[row, torch.where(turn, c, r), torch.where(turn, r, c)], 0.0)[:, None]
 
 
 @attack
