@@ -41,7 +41,17 @@ def heading(benchmark: str, command: str) -> dict[str, Any]:
 
 
 def make_model(size: str, device: str) -> ZeroShotClassifier:
-    """Random weights serve for speed: ViT-B/32 at 224 px, or a small ViT that fills a core, at smoke size."""
+    """Random weights serve for speed: ViT-B/32 at 224 px, a small ViT that fills a core, or a tiny one at 32 px."""
+    if size == "tiny":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            clip = open_clip.model.CLIP(
+                embed_dim=32,
+                vision_cfg={"layers": 2, "width": 64, "patch_size": 8, "image_size": 32},
+                text_cfg={"context_length": 16, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1},
+                quick_gelu=True,
+            )
+            return ZeroShotClassifier(clip.visual, torch.randn(10, 32), image_size=32).to(device).eval()
     if size == "full":
         clip = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
         return ZeroShotClassifier(clip.visual, torch.randn(100, 512), image_size=224).to(device).eval()
@@ -61,24 +71,45 @@ def make_images(model: ZeroShotClassifier, n: int) -> Tensor:
     return torch.nn.functional.interpolate(coarse, size=side, mode="bilinear").to(model.device)
 
 
+def seconds_of(function: Callable[[], Any], device: str) -> tuple[Any, float]:
+    """(result, seconds): wall time on a GPU; on a CPU with one thread its CPU time, which neighbours do not stretch."""
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    result = function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return result, clock() - start
+
+
+def peak_bytes(function: Callable[[], Any], device: str) -> int:
+    """The most bytes that tensors held at once while the function ran, over what was there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for _, change in sorted(events, key=lambda event: event[0]):
+        held += change
+        most = max(most, held)
+    return most
+
+
 def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
     """Median seconds of each function, measured in turns so that a slow spell of the machine hits all alike."""
-
-    def once(function: Callable[[], Any]) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            times[name].append(once(function))
+            times[name].append(seconds_of(function, device)[1])
     return {name: statistics.median(values) for name, values in times.items()}
 
 

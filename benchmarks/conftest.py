@@ -1,4 +1,4 @@
-"""Options and fixtures of the benchmarks: ``pytest benchmarks/ --size smoke|full``.
+"""Options and fixtures of the benchmarks: ``pytest benchmarks/ --size smoke|cpu|full``.
 
 Each benchmark prints its figures and writes one JSON file with machine, versions and commit. Nothing here asserts a
 time; counts of passes are asserted, because they do not depend on the machine.
@@ -17,9 +17,11 @@ import torch
 from clipdefense.files import write_json
 from common import heading
 
+SIZES = "smoke: a minute or two on a CPU; cpu: the published CPU figures, an hour; full: a GPU"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--size", choices=["smoke", "full"], default="smoke", help="smoke: 2 CPU cores; full: a GPU")
+    parser.addoption("--size", choices=["smoke", "cpu", "full"], default="smoke", help=SIZES)
     parser.addoption("--results", default="benchmarks/results", help="folder for the JSON files")
 
 

@@ -10,7 +10,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clipdefense.checks import check_batch, check_class_names
 from clipdefense.errors import UsageError
+from clipdefense.resize import bicubic
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -114,9 +115,7 @@ class ClassHead(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(N, D) image embeddings -> (N, C) logits, float32, or float64 for float64 embeddings."""
-        kind = embedding.device.type
-        exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-        with exact:  # bf16 cosines times 100 are off by halves
+        with _without_autocast(embedding):  # bf16 cosines times 100 are off by halves
             unit = F.normalize(embedding, dim=1)
             return self.scale.to(unit.dtype) * unit @ self.anchors.to(unit.dtype).T
 
@@ -127,6 +126,11 @@ class ClassHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"classes={len(self.names)}, dim={self.embeddings.shape[1]}, scale={float(self.scale):g}"
+
+
+def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _renew_anchors(head: ClassHead, _: Any) -> None:
@@ -226,7 +230,8 @@ class ZeroShotClassifier(nn.Module):
         x = x.to(torch.promote_types(self.dtype, torch.float32))
         size = (self.image_size, self.image_size)
         if x.shape[-2:] != size:
-            x = F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+            with _without_autocast(x):
+                x = bicubic(x, size)
         return ((x - self.mean.to(x.dtype)) / self.std.to(x.dtype)).to(self.dtype)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -276,4 +281,5 @@ class ZeroShotClassifier(nn.Module):
         )
         # train() would change the modes of the tower, which is shared
         other.training, other.head.training = self.training, self.head.training
+        other.mean, other.std = self.mean, self.std  # a defence that trains with other statistics sets them in place
         return other

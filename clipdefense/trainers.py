@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from types import MappingProxyType
@@ -150,6 +151,18 @@ class TrainerDefense(Trainer):
 
     def begin(self) -> None:
         """Called once a fit, with the original weights on the training device; the place to copy a frozen model."""
+
+    def frozen_copy(self) -> ZeroShotClassifier:
+        """The model as it is now, in eval mode: what a term compares with; for :meth:`begin`, called in no graph.
+
+        ``requires_grad`` flags stay: torch's attention rounds differently without them, and a comparison of equal
+        weights would not start at 0. Its class encoder is shared, since it may hold a text tower.
+        """
+        encoder = self.model.class_encoder
+        return copy.deepcopy(self.model, {id(encoder): encoder}).eval()
+
+    def end(self) -> None:
+        """Called when the fit is over, whether it succeeded or not; the place to let go of what :meth:`begin` made."""
 
     def hyper_parameters(self) -> Mapping[str, Any]:
         """The method's own (weights of terms, temperatures), JSON-ready: for model files, and for a resume to match."""

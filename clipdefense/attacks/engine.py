@@ -232,7 +232,10 @@ class _Run:
             some, rest = order.tensor_split([int(steep.sum())])
             parts = self._pass(some, True), self._pass(rest, False)
             back = order.argsort()
-            loss, logits = torch.cat([part[0] for part in parts])[back], torch.cat([p[2] for p in parts], dim=1)[:, back]
+            loss, logits = (
+                torch.cat([part[0] for part in parts])[back],
+                torch.cat([p[2] for p in parts], dim=1)[:, back],
+            )
             gradient = torch.zeros_like(x_adv).index_copy(0, some, parts[0][1])
         missed = self._missed(logits, self.rows)
         wrong = missed[0] if len(missed) == 1 else missed.float().mean(dim=0) > 0.5

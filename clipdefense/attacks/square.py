@@ -19,6 +19,7 @@ from clipdefense.attacks.objectives import Objective, get_objective
 from clipdefense.attacks.options import attack
 from clipdefense.threat import ThreatModel
 
+BLOCK = 64  # queries whose draws are made at once; the numbers are the same for any block
 # p is halved when so many of 10,000 queries are spent (section 3.1 of the paper and its supplement)
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
@@ -53,7 +54,7 @@ class _Square:
             "best": x.clone(),
             "loss": x.new_full((len(x),), -math.inf),
             "ids": ids.to(torch.int64),
-            "k": torch.zeros(len(x), dtype=torch.int64, device=x.device),
+            "u": x.new_zeros(len(x), BLOCK, self.numbers(x)),
         }
 
     def to(self, like: Tensor) -> None:
@@ -65,9 +66,9 @@ class _Square:
         better = loss > s["loss"]
         s["best"] = torch.where(per_image(better, s["best"]), s["x_adv"], s["best"])
         s["loss"] = torch.where(better, loss, s["loss"])
-        s["k"] = s["k"] + 1
-        side = self.sides[s["k"].clamp_max(len(self.sides) - 1)]
-        s["x_adv"] = self.propose(s, side)
+        query = (age + 1).clamp_max(len(self.sides) - 1)
+        u = self.draws(s, query)
+        s["x_adv"] = self.propose(s, self.sides[query.to(loss.device)], u)
         return s
 
     def result(self, s: engine.State) -> Tensor:
@@ -76,12 +77,26 @@ class _Square:
     def initial(self, x: Tensor, ids: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def propose(self, s: engine.State, side: Tensor) -> Tensor:
+    def propose(self, s: engine.State, side: Tensor, u: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def draws(self, s: engine.State, count: int) -> Tensor:
-        """(N, count) uniform numbers of this image at this query."""
-        return randomness.uniform((count,), s["ids"], seed=self.seed, stream=s["k"], dtype=s["x"].dtype)
+    def numbers(self, x: Tensor) -> int:
+        """How many uniform numbers a query takes."""
+        raise NotImplementedError
+
+    def draws(self, s: engine.State, query: Tensor) -> Tensor:
+        """(N, numbers) uniform numbers of each image at its query, (N,) on the CPU; a block of queries at a time."""
+        place = query % BLOCK
+        stale = ((place == 0) | (query == 1)).nonzero()[:, 0]
+        if len(stale):
+            rows = stale.to(s["ids"].device)
+            first = (query[stale] - place[stale]).to(rows.device)
+            streams = first[:, None] + torch.arange(BLOCK, device=rows.device)
+            ids = s["ids"][rows, None].expand_as(streams)
+            shape, dtype = s["u"].shape[2:], s["x"].dtype
+            u = randomness.uniform(shape, ids.flatten(), seed=self.seed, stream=streams.flatten(), dtype=dtype)
+            s["u"] = s["u"].index_copy(0, rows, u.view(len(rows), BLOCK, -1))
+        return s["u"][torch.arange(len(place), device=s["u"].device), place.to(s["u"].device)]
 
 
 def _corner(u: Tensor, length: int, side: Tensor) -> Tensor:
@@ -110,9 +125,11 @@ class _SquareLInf(_Square):
         u = randomness.uniform((x.shape[1], 1, x.shape[3]), ids, seed=self.seed, stream=0, dtype=x.dtype)
         return (x + self.eps * _signs(u)).clamp(0, 1)
 
-    def propose(self, s: engine.State, side: Tensor) -> Tensor:
+    def numbers(self, x: Tensor) -> int:
+        return 2 + x.shape[1]
+
+    def propose(self, s: engine.State, side: Tensor, u: Tensor) -> Tensor:
         x, best = s["x"], s["best"]
-        u = self.draws(s, 2 + x.shape[1])
         window = _window(_corner(u[:, 0], x.shape[2], side), _corner(u[:, 1], x.shape[3], side), side, x)
         step = 2 * self.eps * _signs(u[:, 2:])[:, :, None, None]
         return torch.where(window, project(BALLS["linf"], x, best + step, self.eps), best)
@@ -173,10 +190,12 @@ class _SquareL2(_Square):
         delta[:, :, : rows * tile, : columns * tile] = grid
         return project(BALLS["l2"], x, x + delta * (self.eps / l2_norm(delta).clamp_min(1e-12)), self.eps)
 
-    def propose(self, s: engine.State, side: Tensor) -> Tensor:
+    def numbers(self, x: Tensor) -> int:
+        return 5 + x.shape[1]
+
+    def propose(self, s: engine.State, side: Tensor, u: Tensor) -> Tensor:
         x, nu = s["x"], s["best"] - s["x"]
         height, width, channels = x.shape[2], x.shape[3], x.shape[1]
-        u = self.draws(s, 5 + channels)
         corners = [_corner(u[:, i], (height, width)[i % 2], side) for i in range(4)]
         first, second = _window(corners[0], corners[1], side, x), _window(corners[2], corners[3], side, x)
 

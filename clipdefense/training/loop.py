@@ -155,6 +155,7 @@ class Loop:
             stack.enter_context(on_device(self.model, self.device))
             stack.enter_context(training_only(self.model, self.weights))
             stack.enter_context(recomputing(self.defense, self.config.low_memory))
+            stack.callback(self.defense.end)
             self._prepare()
             title = self.defense.name or type(self.defense).__name__
             show = self.config.show_progress and self.accelerator.is_main_process
@@ -194,6 +195,7 @@ class Loop:
             "training images": self.source.size,
             "batches an epoch": self.source.steps,
             "class names": list(self.model.class_names),
+            "pixel statistics": [self.model.mean.flatten().tolist(), self.model.std.flatten().tolist()],
             "base weights (SHA-256)": self.base_sha256,
         }
 

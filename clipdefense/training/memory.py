@@ -23,7 +23,8 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, value in before:
-                buffer.copy_(value)
+                # past autograd's version count: a graph that has saved the buffer must not think it stale
+                buffer.data.copy_(value)
 
 
 @contextmanager

@@ -19,7 +19,9 @@ from clipdefense.attacks.pgd import pgd
 from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.errors import UsageError
 from clipdefense.estimator import CLIPClassifier
+from clipdefense.threat import ThreatModel
 from clipdefense.trainers import TrainerDefense
+from clipdefense.training.config import TrainingConfig
 from clipdefense.training.guard import DivergedError
 from clipdefense.training.parameters import training_only
 from clipdefense.training.runtime import derive_seed
@@ -401,3 +403,63 @@ def test_a_context_is_not_left_open_by_an_error(
 ) -> None:
     with untouched(tiny_model), pytest.raises(DivergedError):
         Exploding(tiny_model, **QUIET, batch_size=4, epochs=2).fit(*images_and_labels(12))
+
+
+class TwoPasses(TrainerDefense):
+    """Clean and adversarial cross-entropy: two graphs at once, two calls of the head."""
+
+    name = "two-passes"
+
+    def default_threat(self) -> ThreatModel:
+        return ThreatModel("linf", eps=2 / 255, step_size=1 / 255, steps=2)
+
+    def default_config(self) -> TrainingConfig:
+        return TrainingConfig(batch_size=6, epochs=1, lr=1e-2, show_progress=False, measure_every=0)
+
+    def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {part: F.cross_entropy(self.logits(batch[part]), batch["y"]) for part in ("x", "x_adv")}
+
+
+def test_low_memory_gives_the_same_weights_for_one_more_forward_each(
+    make_model: Callable[..., ZeroShotClassifier], images: Tensor, labels: Tensor
+) -> None:
+    models, passes = [make_model(), make_model()], [0, 0]
+    for number, model in enumerate(models):
+
+        def count(*_: Any, number: int = number) -> None:
+            passes[number] += 1
+
+        model.tower.register_forward_pre_hook(count)  # a recomputation ends once all that was saved is there again
+        TwoPasses(model).fit(images[:6], labels[:6], low_memory=bool(number))
+    for plain, recomputed in zip(models[0].tower.parameters(), models[1].tower.parameters()):
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
+    assert passes == [4, 6]
+
+
+def test_low_memory_counts_batch_statistics_once(images: Tensor) -> None:
+    towers = []
+    for low_memory in (False, True):
+        torch.manual_seed(0)
+        tower = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 16))
+        model = ZeroShotClassifier(tower, torch.randn(4, 16), image_size=32)
+        TwoPasses(model).fit(images[:6], torch.arange(6) % 4, low_memory=low_memory)
+        towers.append(tower)
+    for plain, recomputed in zip(towers[0].state_dict().values(), towers[1].state_dict().values()):
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=1e-7)
+    assert int(towers[1][1].num_batches_tracked) == 2
+
+
+def test_a_defence_is_told_when_the_fit_is_over(tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
+    calls: list[str] = []
+
+    class Told(TwoPasses):
+        def begin(self) -> None:
+            calls.append("begin")
+
+        def end(self) -> None:
+            calls.append("end")
+
+    Told(tiny_model).fit(images, labels, batch_size=12)
+    with pytest.raises(UsageError, match="training stopped at step"):
+        Told(tiny_model).fit(images, labels, batch_size=12, lr=1e30, epochs=3)
+    assert calls == ["begin", "end", "begin", "end"]
