@@ -29,6 +29,7 @@ RANKS = [
     {"evaluation"},
     {"training"},  # its model files carry the evaluation's fingerprint; the evaluation knows nothing of training
     {"cli"},
+    {"commands"},
     {"__main__"},
 ]
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
