@@ -14,6 +14,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from clipdefense import EmbeddingTable, ZeroShotClassifier, load_dataset
@@ -54,12 +55,13 @@ def trunk(folder: Path) -> nn.Module:
     model = timm.create_model("mobilenetv2_100", pad_type="same", num_classes=0)
     state = read_state_dict(folder / "weights" / "mobilenetv2_100_imagenet_fp16.safetensors")
     model.load_state_dict({k: v.float() for k, v in state.items() if not k.startswith("classifier")})
-    return model.eval()
+    # its normalisation was folded into the weights: with batch statistics it would be another network
+    return freeze_batch_norm_2d(model).eval()
 
 
 @torch.no_grad()
 def pooled_features(model: nn.Module, data: ImageDataset, batch_size: int = 128, device: str = "cpu") -> Tensor:
-    """(N, 1280) features of images at 128 px."""
+    """(N, 1280) features of images at the data set's size."""
     parts = []
     for start in range(0, len(data), batch_size):
         x, _ = data.tensors(range(start, min(start + batch_size, len(data))))
@@ -84,10 +86,12 @@ def train_projection(features: Tensor, labels: Tensor, anchors: Tensor, seed: in
     return projection
 
 
-def build(folder: Path, seed: int = 0, device: str = "cpu") -> tuple[ZeroShotClassifier, tuple[str, ...]]:
+def build(
+    folder: Path, seed: int = 0, device: str = "cpu", side: int = SIDE
+) -> tuple[ZeroShotClassifier, tuple[str, ...]]:
     """The model, with the trained Tiny-ImageNet classes as its head, and the names it was trained on."""
     anchors = Anchors.read(folder)
-    data = covered(load_dataset(f"npz:{folder / 'tiny_imagenet_train10k.npz'}", size=SIDE), anchors)
+    data = covered(load_dataset(f"npz:{folder / 'tiny_imagenet_train10k.npz'}", size=side), anchors)
     backbone = trunk(folder).to(device)
     features = pooled_features(backbone, data, device=device)
     mean, std = features.mean(dim=0), features.std(dim=0) + 1e-3
@@ -100,7 +104,7 @@ def build(folder: Path, seed: int = 0, device: str = "cpu") -> tuple[ZeroShotCla
         anchors.table(data.classes),
         class_names=data.classes,
         logit_scale=SCALE,
-        image_size=SIDE,
+        image_size=side,
         mean=MEAN,
         std=STD,
         transform=centring,

@@ -27,9 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipdefense.attacks.context import attack_mode, frozen
 from clipdefense.attacks.norms import box, per_image
+from clipdefense.checks import check_images
 from clipdefense.defenses import AttackView, InputDefense, Traits
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.randomness import uniform
+from clipdefense_ttc import views
 
 
 def drift_ratio(f_noisy: Tensor, f_clean: Tensor) -> Tensor:
@@ -91,12 +93,8 @@ class TTC(InputDefense):
             UsageError: a value outside its range, or a model without ``embed``.
         """
         super().__init__(seed=seed, batch_size=batch_size)
-        for name, value in (("eps", eps), ("step_size", step_size)):
-            if not _is_number(value) or not 0 <= value <= 1:
-                hint = f"; did you mean {value:g}/255?" if _is_number(value) and value > 1 else ""
-                raise UsageError(f"{name} is {value!r}; a number in [0, 1] pixel units is expected{hint}")
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-            raise UsageError(f"steps is {steps!r}; a whole number of at least 0 is expected.")
+        check_pixels(eps=eps, step_size=step_size)
+        check_steps(steps)
         if not (_is_number(beta) and _is_number(threshold)):
             raise UsageError(f"beta is {beta!r} and threshold {threshold!r}; finite numbers are expected.")
         if benign not in ("noise", "zero"):
@@ -108,8 +106,23 @@ class TTC(InputDefense):
 
     def draw(self, x: Tensor, ids: Tensor, seed: int) -> Tensor:
         """d_0 ~ U(-eps, eps), before the box."""
-        u = uniform(tuple(x.shape[1:]), ids, seed=seed, dtype=torch.promote_types(x.dtype, torch.float32))
-        return u.mul_(2 * self.eps).sub_(self.eps).to(x.dtype)
+        return uniform_noise(x, ids, seed, self.eps)
+
+    def perturbation(
+        self, x: Tensor, *, noise: Tensor | None = None, ids: Tensor | None = None, seed: int | None = None
+    ) -> Tensor:
+        """D, as :meth:`clipdefense.InputDefense.perturbation` says.
+
+        Args:
+            noise: d_0 instead of a fresh one, within eps. What leads out of the box is clipped, as it is for the
+                method's own draws.
+
+        Raises:
+            UsageError: besides, noise that is not finite or leaves the ball of radius eps: no draw of the method's.
+        """
+        if noise is not None:
+            noise = check_noise(x, noise, self.eps)
+        return super().perturbation(x, noise=noise, ids=ids, seed=seed)
 
     def perturb(self, x: Tensor, noise: Tensor | None) -> Tensor:
         """D for one chunk: the weighted counterattack where falsely stable, else d_0 (or 0)."""
@@ -131,7 +144,8 @@ class TTC(InputDefense):
             assert f_perturbed is not None
             r = drift_ratio(f_perturbed.detach(), f_clean)
         else:
-            f_perturbed, r = None, self._reference_drift(x, d_0)
+            with torch.no_grad():
+                f_perturbed, r = None, self.measured(x, d_0)
         stable = r < self.threshold  # False for NaN: what cannot be measured is not counterattacked
         result = d_0.clone() if self.benign == "noise" else torch.zeros_like(d_0)
         if not stable.any():
@@ -153,10 +167,11 @@ class TTC(InputDefense):
         result[stable] = total
         return result
 
-    def _reference_drift(self, x: Tensor, d_0: Tensor) -> Tensor:
-        assert self.reference is not None
-        with torch.no_grad(), frozen(self.reference):
-            return drift_ratio(self.reference.embed(x + d_0), self.reference.embed(x))
+    def measured(self, x: Tensor, d_0: Tensor) -> Tensor:
+        """r as the gate sees it, (N,), differentiable in x and d_0; no chunks, no checks."""
+        judge = self.model if self.reference is None else self.reference
+        with frozen(judge):
+            return drift_ratio(judge.embed(x + d_0), judge.embed(x))
 
     @torch.no_grad()
     def drift(self, x: Tensor, *, noise: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
@@ -164,18 +179,18 @@ class TTC(InputDefense):
 
         Args:
             x: (N, C, H, W) in [0, 1].
-            noise: d_0, or None to draw it.
+            noise: d_0, or None to draw it; as in :meth:`perturbation`.
             ids: (N,) image ids that key the draw; 0 .. N-1 when not given.
         """
         if noise is None:
             names = torch.arange(len(x), device=x.device) if ids is None else ids
             noise = self.draw(x, names, self.seed)
-        judge = self.model if self.reference is None else self.reference
+        else:
+            noise = check_noise(x, noise, self.eps)
         parts = zip(x.split(self.batch_size), box(x, noise).split(self.batch_size))
-        with frozen(judge):
-            return torch.cat([drift_ratio(judge.embed(part + d_0), judge.embed(part)) for part, d_0 in parts])
+        return torch.cat([self.measured(part, d_0) for part, d_0 in parts])
 
-    def smoothed(self, x: Tensor, noise: Tensor, *, kappa: float = 1.0) -> Tensor:
+    def smoothed(self, x: Tensor, noise: Tensor, *, kappa: float = 1.0, gate_on: bool = False) -> Tensor:
         """x + D with a gradient through D: every step of the method made differentiable, and unrolled.
 
         ``sign(G)`` becomes ``tanh(kappa G / mean|G|)`` and the gate ``r < tau`` a sigmoid of width ``tau / 4``. Needs
@@ -183,47 +198,102 @@ class TTC(InputDefense):
 
         Args:
             x: (N, C, H, W) in [0, 1], differentiable.
-            noise: d_0 before the box.
+            noise: d_0 before the box. Clipped to the ball: an attack calls this at each step, and a check that raises
+                would make the device wait.
             kappa: sharpness; larger is nearer to the sign and has less gradient.
+            gate_on: counterattack every image, whatever its drift.
         """
-        with sdpa_kernel(SDPBackend.MATH):
-            d_k = box(x, noise)
-            f_clean, judge = self.model.embed(x), self.model if self.reference is None else self.reference
-            f_perturbed = self.model.embed(x + d_k)
-            same = judge is self.model
-            r = drift_ratio(f_perturbed if same else judge.embed(x + d_k), f_clean if same else judge.embed(x))
-            gate = per_image(torch.sigmoid((self.threshold - r) / max(self.threshold / 4, 1e-6)), x)
-            benign = d_k if self.benign == "noise" else torch.zeros_like(d_k)
+        d_k = d_0 = box(x, noise.clamp(-self.eps, self.eps))
+        if self.eps == 0 or self.steps == 0:
+            return x + d_0
+        with sdpa_kernel(SDPBackend.MATH), frozen(self.model):
+            f_clean = self.model.embed(x)
+            f_perturbed = self.model.embed(x + d_0)
+            gate = torch.ones_like(f_clean[:, 0])
+            if not gate_on:
+                r = drift_ratio(f_perturbed, f_clean) if self.reference is None else self.measured(x, d_0)
+                gate = views.soft_gate(r, self.threshold)
             weights = iterate_weights(self.steps, self.beta).to(x)
-            total = weights[0] * d_k
+            total = weights[0] * d_0
             for k in range(self.steps):
                 loss = drift_loss(f_perturbed, f_clean).sum()
                 (gradient,) = torch.autograd.grad(loss, d_k, create_graph=True)
-                scale = per_image(gradient.abs().flatten(1).mean(dim=1), x).clamp_min(1e-30)
-                step = self.step_size * torch.tanh(kappa * gradient / scale)
+                step = self.step_size * views.soft_sign(gradient, kappa)
                 d_k = box(x, (d_k + step).clamp(-self.eps, self.eps))
                 total = total + weights[k + 1] * d_k
                 if k + 1 < self.steps:
                     f_perturbed = self.model.embed(x + d_k)
-            return x + gate * total + (1 - gate) * benign
+            share = per_image(gate, x)
+            return x + share * total + (1 - share) * (d_0 if self.benign == "noise" else torch.zeros_like(d_0))
 
     def adaptive(self, model: nn.Module) -> tuple[AttackView, ...]:
-        """What an attacker who knows TTC differentiates, both averaged over draws of the noise:
+        """What an attacker who knows TTC differentiates, all averaged over draws of the noise:
 
         * ``bpda-eot``: the straight-through gradient. D is piecewise constant in x, so off the box this is the exact
           gradient, and yet a weak guide: it cannot see how D turns when x moves.
         * ``smoothed``: the unrolled counterattack of :meth:`smoothed`, which can.
+        * ``gate-evasion``: a term raises r to the threshold and past it, where the image keeps its noise alone, and
+          the noisy image is attacked (:class:`clipdefense_ttc.views.GateEvasion`).
+        * ``gate-forced-on``: :meth:`smoothed` with every image counterattacked, for images that never evade.
+
+        The last two are left out where there is no gate (eps or steps 0). An attack on embeddings instead of logits
+        does not fit a view; :class:`clipdefense_ttc.views.DefendedEmbedding` is what to give it.
         """
+        return views.adaptive(self, model)
 
-        def smoothed(x: Tensor, ids: Tensor, seed: int) -> Tensor:
-            with torch.enable_grad():
-                leaf = x if x.requires_grad else x.detach().requires_grad_(True)
-                return model(self.smoothed(leaf, self.draw(x.detach(), ids, seed)))
 
-        return (
-            AttackView("bpda-eot", lambda x, ids, seed: self.bpda(model, x, ids, seed), eot=20),
-            AttackView("smoothed", smoothed, eot=20),
+def check_pixels(**sizes: Any) -> None:
+    """Require each to be a number in [0, 1] pixel units.
+
+    Raises:
+        UsageError: one is not; a number above 1 is shown as so many 255ths.
+    """
+    for name, value in sizes.items():
+        if not _is_number(value) or not 0 <= value <= 1:
+            hint = f"; did you mean {value:g}/255?" if _is_number(value) and value > 1 else ""
+            raise UsageError(f"{name} is {value!r}; a number in [0, 1] pixel units is expected{hint}")
+
+
+def check_steps(steps: Any, argument: str = "steps", least: int = 0) -> None:
+    """Require a whole number of at least ``least``.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < least:
+        raise UsageError(f"{argument} is {steps!r}; a whole number of at least {least} is expected.")
+
+
+def check_noise(x: Tensor, noise: Tensor, eps: float) -> Tensor:
+    """The noise that a caller passed in, in x's dtype, without rounding beyond the ball; the box is not looked at.
+
+    Args:
+        x: (N, C, H, W) images in [0, 1].
+        noise: of x's shape, Linf at most eps (up to 1e-6, or the rounding of its dtype).
+        eps: in [0, 1] pixels.
+
+    Raises:
+        UsageError: another type or shape, values that are not finite, or outside the ball.
+    """
+    check_images(x)
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+        raise UsageError(f"noise is of {got}; a floating-point tensor of x's shape {tuple(x.shape)} is expected.")
+    if noise.shape != x.shape:
+        raise UsageError(f"noise has shape {tuple(noise.shape)}; x's shape {tuple(x.shape)} is expected.")
+    largest = float(noise.detach().abs().max())
+    if not largest <= eps + max(1e-6, eps * torch.finfo(noise.dtype).eps):
+        raise UsageError(
+            f"noise reaches {largest:.4g}, but eps is {eps:.4g}, and the method draws nothing outside of it; "
+            "clip it with noise.clamp(-eps, eps), or raise eps."
         )
+    return noise.to(x).clamp(-eps, eps)
+
+
+def uniform_noise(x: Tensor, ids: Tensor, seed: int, eps: float) -> Tensor:
+    """U(-eps, eps) in each pixel, (N, C, H, W), a function of (seed, id) alone, before any box."""
+    u = uniform(tuple(x.shape[1:]), ids, seed=seed, dtype=torch.promote_types(x.dtype, torch.float32))
+    return u.mul_(2 * eps).sub_(eps).to(x.dtype)
 
 
 def _is_number(value: Any) -> bool:

@@ -55,12 +55,13 @@ def test_pgd(golden: dict[str, Tensor]) -> None:
 
 
 def test_ttc_drift_ratio(golden: dict[str, Tensor]) -> None:
-    # no sign in it, and the recorded numbers are float32 arithmetic on float32 embeddings: float32 it is
+    # no sign in it, and the recorded numbers are float32 arithmetic on float32 embeddings: float32 it is. Embeddings
+    # agree to 5e-6 and how well depends on the processor's matrix kernels, so the ratio of two cannot agree to 1e-6.
     model = tower("original", golden, torch.float32)
     x, d_0 = golden["x"][:4], golden["ttc_d0"]
     with torch.no_grad():
         r = drift_ratio(model.embed(x + d_0), model.embed(x))
-    torch.testing.assert_close(r, golden["ttc_r"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(r, golden["ttc_r"], atol=5e-6, rtol=0)
     torch.testing.assert_close(TTC(model).drift(x, noise=d_0), r, atol=1e-6, rtol=0)
 
 
