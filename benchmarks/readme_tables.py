@@ -41,16 +41,66 @@ def evaluations_table(content: dict[str, Any]) -> str:
     return "\n".join([*lines, "", machine_line(content)])
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": evaluations_table, "real_data": evaluations_table}
+def robustness_table(content: dict[str, Any]) -> str:
+    """A row a method and data set; p of McNemar's test against TeCoA, and which of the two keeps more images."""
+    cells = [cell for row in content["methods"].values() for by_eps in row.values() for cell in by_eps.values()]
+    eps = list(next(iter(content["methods"]["none"].values())))
+    head = ["fine-tuned by", "judged on", "clean, % [95 % Wilson]", *(f"standing at {e}, %" for e in eps)]
+    lines = [f"| {' | '.join([*head, f'against TeCoA at {eps[0]}'])} |", "|---|---|---:|---:|---:|---|"]
+
+    def share(cell: dict[str, Any], name: str) -> str:
+        low, high = cell[f"{name}_interval_95"]
+        return f"{100 * cell[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    for method, row in content["methods"].items():
+        for index, (name, by_eps) in enumerate(row.items()):
+            against = by_eps[eps[0]]["against tecoa"]
+            verdict = f"+{against['only this']} -{against['only tecoa']}, p = {against['p']:.2g}"
+            robust = [share(by_eps[e], "robust") for e in eps]
+            title = f"**{method}**" if index == 0 else ""
+            comparison = "" if method == "tecoa" else verdict
+            lines.append(
+                f"| {title} | {name} | {share(by_eps[eps[0]], 'clean')} | {' | '.join(robust)} | {comparison} |"
+            )
+    under = f"After {' and '.join(cells[0]['attacks'])}, n = {cells[0]['n']} a row, one seed. "
+    return "\n".join([*lines, "", under + machine_line(content)])
+
+
+def attacks_table(content: dict[str, Any]) -> str:
+    """Verdicts and time beside torchattacks, attack by attack."""
+    figures = content["figures"]
+    lines = [
+        "| model | attack | standing here, by seed | standing in torchattacks | times faster |",
+        "|---|---|---|---|---:|",
+    ]
+    subjects = {name: rows for name, rows in figures.items() if isinstance(rows, dict) and "suite" in rows}
+    for name, rows in subjects.items():
+        title = f"**{name}**, eps {round(255 * rows['eps'])}/255, n = {rows['images']}"
+        for attack, row in ((key, value) for key, value in rows.items() if isinstance(value, dict)):
+            ours, theirs = (
+                ", ".join(map(str, row[f"robust images, {who}"])) for who in ("clipdefense", "torchattacks")
+            )
+            lines.append(f"| {title} | {attack} | {ours} | {theirs} | {row['times faster']:.1f} |")
+            title = ""
+    return "\n".join([*lines, "", machine_line(content)])
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "demo": ("demo", evaluations_table),
+    "real_data": ("real_data", evaluations_table),
+    "robustness": ("robustness-cpu", robustness_table),
+    "attacks": ("attacks_verdicts-cpu", attacks_table),
+}
 
 
 def filled(readme: str) -> str:
-    """The README with every ``<!-- table: NAME -->`` block made anew from ``results/NAME.json``."""
+    """The README with every ``<!-- table: NAME -->`` block made anew from its file under results/."""
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
-        content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        return f"<!-- table: {name} -->\n{TABLES[name](content)}\n<!-- end -->"
+        file, table = TABLES[name]
+        content = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+        return f"<!-- table: {name} -->\n{table(content)}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", block, readme, flags=re.DOTALL)
 

@@ -136,7 +136,9 @@ def test_evaluate_prints_a_table_and_writes_what_it_printed(
     result = json.loads(out.read_text())
     assert result["eps"] == 8 / 255 and result["name"] == "ttc" and result["data"].startswith("folder:")
     assert result["fingerprint"]["model"].startswith("open_clip:")
-    views = [f"adaptive view {name}, 2 EOT draws" for name in ("bpda-eot", "smoothed")]
+    views = [
+        f"adaptive view {name}, 2 EOT draws" for name in ("bpda-eot", "smoothed", "gate-evasion", "gate-forced-on")
+    ]
     attacked = ["transfer from the undefended model", *views]
     attacks = ["pgd,steps=2,objective=margin", "apgd-ce,steps=3"]
     assert [(row["attacked"], row["attack"]) for row in result["attacks"]] == [
