@@ -39,11 +39,9 @@ def split(data: ImageDataset, seed: int = 0) -> tuple[list[str], list[str], list
 
 def entry(result: EpisodeResult) -> dict[str, Any]:
     def mean(value: Any) -> dict[str, Any] | None:
-        return (
-            None
-            if value is None
-            else {"mean": value.mean, "interval_95": list(value.interval), "episodes": len(value.values)}
-        )
+        if value is None:
+            return None
+        return {"mean": value.mean, "interval_95": list(value.interval), "episodes": len(value.values)}
 
     return {"attack": result.attack, "clean": mean(result.clean), "robust": mean(result.robust)}
 
