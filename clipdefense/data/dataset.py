@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from clipdefense.checks import check_labels
 from clipdefense.data.pixels import resize_image, resize_tensor, to_tensor
+from clipdefense.data.resizing import Resize, ResizedImages
 from clipdefense.data.sources import ArrayImages, ImageSource
 from clipdefense.errors import UsageError, unknown_name
 
@@ -210,6 +211,11 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         if len(listed) != len(self.classes):
             raise UsageError(f"names has {len(listed)} names; {len(self.classes)}, one a class, are expected.")
         return self._view(classes=_check_names(listed, self.name))
+
+    def resized(self, rule: Resize, **meta: Any) -> ImageDataset:
+        """The same images under a resize rule instead of ``size``; ``meta`` is added to what the data set says."""
+        source = ResizedImages(self._images, rule)
+        return self._view(_images=source, _kept=_Kept(), size=None, meta={**self.meta, **meta})
 
     def _label(self, name: str) -> int:
         if name not in self.classes:

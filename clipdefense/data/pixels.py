@@ -45,23 +45,39 @@ def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
     return int(size * height / width), size
 
 
-def resize_image(image: Image.Image, size: int) -> Image.Image:
-    """Shorter side to ``size`` (Pillow's bicubic, which anti-aliases), then the central (size, size) square."""
-    height, width = _scaled(image.height, image.width, size)
+def resize_image(
+    image: Image.Image, size: int, crop: int | None = None, *, interpolation: str = "bicubic", squash: bool = False
+) -> Image.Image:
+    """Shorter side to ``size`` (Pillow's filters, which anti-alias), then the central (crop, crop) square.
+
+    Args:
+        image: RGB.
+        size: the shorter side, or under ``squash`` both sides, whatever becomes of the proportions.
+        crop: at most ``size``; None is ``size``.
+        interpolation: ``"bicubic"`` or ``"bilinear"``.
+        squash: no crop.
+    """
+    height, width = (size, size) if squash else _scaled(image.height, image.width, size)
     if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
+    top, left, crop = _corner(height, width, size if crop is None or squash else crop)
+    return image.crop((left, top, left + crop, top + crop))
 
 
-def resize_tensor(pixels: Tensor, size: int) -> Tensor:
+def resize_tensor(
+    pixels: Tensor, size: int, crop: int | None = None, *, interpolation: str = "bicubic", squash: bool = False
+) -> Tensor:
     """:func:`resize_image` for float pixels (3, H, W) in [0, 1], clamped; up to rounding to 8 bits the same."""
-    height, width = _scaled(pixels.shape[-2], pixels.shape[-1], size)
+    height, width = (size, size) if squash else _scaled(pixels.shape[-2], pixels.shape[-1], size)
     if (height, width) != tuple(pixels.shape[-2:]):
-        scaled = F.interpolate(pixels[None], (height, width), mode="bicubic", align_corners=False, antialias=True)
+        scaled = F.interpolate(pixels[None], (height, width), mode=interpolation, align_corners=False, antialias=True)
         pixels = scaled[0].clamp(0, 1)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return pixels[:, top : top + size, left : left + size]
+    top, left, crop = _corner(height, width, size if crop is None or squash else crop)
+    return pixels[:, top : top + crop, left : left + crop]
+
+
+def _corner(height: int, width: int, crop: int) -> tuple[int, int, int]:
+    return round((height - crop) / 2), round((width - crop) / 2), crop
 
 
 def to_tensor(image: Image.Image) -> Tensor:

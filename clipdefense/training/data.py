@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader
 from clipdefense import randomness
 from clipdefense.checks import check_images, check_labels
 from clipdefense.errors import UsageError
+from clipdefense.plugins import registry
 from clipdefense.training.runtime import derive_seed
 
 Batch = dict[str, Tensor]
@@ -292,17 +295,37 @@ def as_labels(y: Any, n: int, classes: int, required: bool) -> Tensor | None:
     """
     if y is None:
         if required:
-            raise UsageError("y is None, but this method learns from labels; pass integer or one-hot ones.")
+            others = _methods_without_labels()
+            advice = f", or use a method that needs none: {', '.join(others)}" if others else ""
+            raise UsageError(f"y is None, but this method learns from labels; pass integer or one-hot ones{advice}.")
         return None
     labels = torch.as_tensor(y)
     if labels.dim() == 2:
         if labels.shape[1] != classes:
-            raise UsageError(f"y is one-hot over {labels.shape[1]} classes, but the model's head has {classes}.")
+            raise UsageError(
+                f"y is one-hot over {labels.shape[1]} classes, but the model's head has {classes}; load the model with "
+                "the class list that the labels belong to."
+            )
         if not (((labels == 0) | (labels == 1)).all() and (labels.sum(dim=1) == 1).all()):
             raise UsageError("y has rows that are not one-hot; integer or one-hot labels are expected, not soft ones.")
         labels = labels.argmax(dim=1)
+    if labels.numel() and not labels.is_floating_point() and int(labels.max()) >= classes:
+        raise UsageError(
+            f"y has labels in [{int(labels.min())}, {int(labels.max())}]; [0, {classes - 1}] is expected, since the "
+            f"model's head has {classes} classes; load the model with the class list that the labels belong to."
+        )
     check_labels(labels, n, classes)
     return labels.long()
+
+
+def _methods_without_labels() -> list[str]:
+    """The registered trainer defences that can do without."""
+    found = []
+    for name in registry().names("defenses"):
+        with suppress(UsageError):  # a plugin that cannot be used is no advice
+            if not getattr(registry().find("defenses", name).load(), "needs_labels", True):
+                found.append(name)
+    return found
 
 
 def check_same_classes(data: Any, names: Sequence[str]) -> None:
@@ -314,7 +337,7 @@ def check_same_classes(data: Any, names: Sequence[str]) -> None:
 
     Raises:
         UsageError: another number of classes, or a name that the head has at another label. A name that the head
-            does not have at all may be another word for the same class.
+            does not have at all may be another word for the same class; a warning says so where that is all of them.
     """
     theirs = getattr(data, "classes", None) or getattr(getattr(data, "dataset", None), "classes", None)
     if not isinstance(theirs, (list, tuple)):
@@ -327,3 +350,14 @@ def check_same_classes(data: Any, names: Sequence[str]) -> None:
             raise UsageError(
                 f"class {name!r} has label {label} in the dataset, {names.index(name)} in the model's head; {advice}"
             )
+    if theirs and not {_plain(name) for name in theirs} & {_plain(name) for name in names}:
+        warnings.warn(
+            f"none of the dataset's {len(theirs)} class names ({theirs[0]!r}, ...) is one of the model's "
+            f"({names[0]!r}, ...); labels are taken by position. Unless they are other words for the same, {advice}",
+            stacklevel=2,
+        )
+
+
+def _plain(name: Any) -> str:
+    """A class name without what data sets write differently."""
+    return " ".join(str(name).casefold().replace("_", " ").replace("-", " ").split())

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from clipdefense.errors import UsageError
 
+# What runs out where torch has no exception of its own for it: the CPU's allocator, C++, cuBLAS and cuDNN.
+_NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "_STATUS_ALLOC_FAILED")
+
 
 class DivergedError(UsageError):
     """A loss term, its gradient or the model's output stopped being finite.
@@ -70,7 +73,8 @@ def memory_advice(images: int, batch_size: int, accumulate: int, device: torch.d
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(sign in str(error) for sign in _NO_MEMORY):
             raise
         if images > 1:
             pieces = min(2 * accumulate, batch_size)

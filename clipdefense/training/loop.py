@@ -166,6 +166,9 @@ class Loop:
 
     def _prepare(self) -> None:
         config, model = self.config, self.model
+        for batch in self.held_out.held_out(1):
+            _require_labels(batch)  # the first of them: an epoch later would be too late
+            break
         self.base_sha256 = sha256_of_weights(model)
         self.original = [value.clone() for value in self._changing()] if config.mix < 1 else []
         self.defense.begin()
@@ -314,8 +317,7 @@ class Loop:
         piece = max(self.config.batch_size // self.config.accumulate, 1)
         seed = derive_seed(self.config.seed, "validation")
         for batch in self.held_out.held_out(piece):
-            if "y" not in batch:
-                raise UsageError("validation images have no labels; accuracies need them.")
+            _require_labels(batch)
             x, y, ids = (batch[name].to(self.device) for name in ("x", "y", "ids"))
             x_adv = pgd(self.model, x, y, self.defense.threat, seed=seed, ids=ids, batch_size=piece)
             for row, images in enumerate((x, x_adv)):
@@ -352,6 +354,14 @@ class Loop:
         if self.folder is not None and self.accelerator.is_main_process:
             save_model(self.model, self.folder / MODEL_FILE, **self.defense.record())
         self.accelerator.wait_for_everyone()
+
+
+def _require_labels(batch: data.Batch) -> None:
+    if "y" not in batch:
+        raise UsageError(
+            "validation images have no labels, which their accuracies need; pass validation_data with labels, or "
+            "validation=0."
+        )
 
 
 def _optimizer(weights: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from clipdefense.training.checkpoint import write_tensors
 
 STATE_FILE, MODEL_FILE = "training-state.safetensors", "model.safetensors"
 _FORMAT = "clipdefense-training-state"
+_SHOWN = 12
 
 
 @dataclass
@@ -116,8 +118,17 @@ def _changing(model: nn.Module) -> dict[str, Tensor]:
 def _compare(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if names:
-        listed = "; ".join(f"{name} is {ours.get(name)!r}, was {theirs.get(name)!r}" for name in names)
+        listed = "; ".join(f"{name} {_difference(ours.get(name), theirs.get(name))}" for name in names)
         raise UsageError(
             f"resume: {path} is of a run that differs in {len(names)} of its settings: {listed}. Use the same, or "
             "another checkpoint folder."
         )
+
+
+def _difference(ours: Any, theirs: Any) -> str:
+    """Both values; of long lists, such as a thousand class names, the lengths and the first entries that differ."""
+    if not (isinstance(ours, list) and isinstance(theirs, list) and max(len(ours), len(theirs)) > _SHOWN):
+        return f"is {ours!r}, was {theirs!r}"
+    pairs = enumerate(zip_longest(ours, theirs))
+    place, (here, there) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
+    return f"has {len(ours)} entries, had {len(theirs)}: number {place} is {here!r}, was {there!r}"

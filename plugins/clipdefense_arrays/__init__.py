@@ -18,3 +18,8 @@ def register_datasets(register):  # type: ignore[no-untyped-def]
         "clipdefense_arrays.datasets:load_arrays",
         summary="pixels and labels in an .npz or .npy file",
     )
+    register(
+        "webdataset",
+        "clipdefense_arrays.shards:load_shards",
+        summary="a folder of WebDataset tar shards, read by index: images beside .cls labels",
+    )

@@ -14,3 +14,12 @@ def register_models(register):  # type: ignore[no-untyped-def]
         requires=("open_clip",),
         install="open_clip_torch",
     )
+
+
+@hookimpl
+def register_commands(register):  # type: ignore[no-untyped-def]
+    register(
+        "export-open-clip",
+        "clipdefense_openclip.command:export_open_clip",
+        summary="write a hardened model as a checkpoint for plain open_clip",
+    )

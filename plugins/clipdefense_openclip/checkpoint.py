@@ -36,6 +36,7 @@ from clipdefense_openclip.architecture import (
     unreachable,
     weights_beside,
 )
+from clipdefense_openclip.published import find_published, published_at, published_for
 
 _VISUAL = "visual."
 _NOT_WEIGHTS = (
@@ -112,7 +113,7 @@ class Parts(NamedTuple):
 
 
 def locate(architecture: Architecture, weights: str | None, cache_dir: str | None = None) -> Located:
-    """Find weights: a tag, a file, ``hf-hub:org/name``, or (None) those that came with the configuration.
+    """Find weights: a tag, a published name, a file, ``hf-hub:org/name``, or (None) the configuration's own.
 
     Raises:
         UsageError: nothing of that name.
@@ -129,8 +130,12 @@ def locate(architecture: Architecture, weights: str | None, cache_dir: str | Non
         )
     if weights.startswith(HUB):
         fetch = partial(from_hub, weights.removeprefix(HUB), None, cache_dir)
+        listed = published_at(weights.removeprefix(HUB))
         if weights == architecture.name:
-            return Located(weights, fetch, preprocess=architecture.preprocess)
+            evidence = None if listed is None else listed.evidence
+            return Located(weights, fetch, evidence=evidence, preprocess=architecture.preprocess)
+        if listed is not None:
+            return Located(weights, fetch, evidence=listed.evidence)
         config, preprocess = read_config(from_hub(weights.removeprefix(HUB), CONFIG_FILE, cache_dir))
         declared = _declared(config, f"{CONFIG_FILE} of {weights}")
         return Located(weights, fetch, evidence=declared, preprocess=preprocess)
@@ -139,13 +144,17 @@ def locate(architecture: Architecture, weights: str | None, cache_dir: str | Non
         fetch = partial(_download, settings, cache_dir)
         return Located(repr(weights), fetch, evidence=evidence, preprocess=settings)
     path = Path(weights).expanduser()
+    known = None if path.exists() else find_published(architecture.name, weights)
+    if known is not None:
+        fetch = partial(from_hub, known.hub, None, cache_dir)
+        return Located(f"{weights!r} ({HUB}{known.hub})", fetch, evidence=known.evidence)
     if path.is_dir():
         path = weights_beside(path)
     if path.is_file():
         return _local(path)
     if path.suffix or len(path.parts) > 1:
         raise UsageError(f"weights {weights!r} do not exist (looked for {path.absolute()}).")
-    tags = open_clip.list_pretrained_tags_by_model(architecture.name)
+    tags = open_clip.list_pretrained_tags_by_model(architecture.name) + published_for(architecture.name)
     raise unknown_name(f"pretrained tag of {architecture.name}", weights, tags, "A path to a file works too.")
 
 

@@ -58,8 +58,8 @@ def load(
     Args:
         name: an open_clip architecture (``ViT-B-32-quickgelu``), ``hf-hub:org/name``, an open_clip ``CONFIG.json``, or
             a folder with ``open_clip_config.json``.
-        weights: a pretrained tag, a file, or ``hf-hub:org/name``; None takes what lies with the configuration. A file
-            may hold a whole CLIP, its image tower alone, or a model saved by this library.
+        weights: a tag, a published robust checkpoint (``fare2``), a file (a whole CLIP, an image tower alone, or a
+            model saved by this library), or ``hf-hub:org/name``; None takes what lies with the configuration.
         classes: class names; None takes those of a model saved by this library.
         templates: prompts with ``{}`` for the class name; None is ``"a photo of a {}."``.
         device: of the tower and the text tower; None is the CPU.

@@ -10,7 +10,7 @@ def register_datasets(register):  # type: ignore[no-untyped-def]
     register(
         "torchvision",
         "clipdefense_torchvision.datasets:load",
-        summary="torchvision's data sets by name: cifar10, cifar100",
+        summary="the usual data sets by name: cifar10, imagenet, tiny-imagenet, caltech101, oxford-pets, eurosat, ...",
         requires=("torchvision",),
         install="torchvision",
     )

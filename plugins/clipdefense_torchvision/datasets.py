@@ -1,80 +1,20 @@
-"""``torchvision:NAME``: one row of :data:`TABLE` a data set."""
+"""``torchvision:NAME``: the rows of :data:`clipdefense_torchvision.table.TABLE`, loaded."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
-from torchvision import datasets
 
 from clipdefense.data import ImageDataset, cache_folder
-from clipdefense.data.pixels import to_rgb
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import MissingPackageError, UsageError, unknown_name
+from clipdefense_torchvision.folders import Content
+from clipdefense_torchvision.names import table
+from clipdefense_torchvision.table import TABLE, Row
+
+__all__ = ["ROOT_VARIABLE", "TABLE", "default_root", "load"]
 
 ROOT_VARIABLE = "CLIPDEFENSE_DATASETS"
-
-
-@dataclass(frozen=True)
-class Row:
-    """How to read one data set.
-
-    Attributes:
-        cls: torchvision's class.
-        folder: what it reads below the root, for messages.
-        page: where a person can get it.
-        splits: split -> the class's arguments.
-        labels: the label of every image, without decoding any.
-        names: class names as a prompt would have them, in label order.
-    """
-
-    cls: type[Any]
-    folder: str
-    page: str
-    splits: Mapping[str, Mapping[str, Any]]
-    labels: Callable[[Any], Sequence[int]]
-    names: Callable[[Any], Sequence[str]]
-
-
-def _readable(dataset: Any) -> list[str]:
-    return [name.replace("_", " ") for name in dataset.classes]
-
-
-_TRAIN_TEST: Mapping[str, Mapping[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
-_CIFAR_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
-
-TABLE: Mapping[str, Row] = {
-    "cifar10": Row(
-        datasets.CIFAR10,
-        "cifar-10-batches-py",
-        _CIFAR_PAGE,
-        _TRAIN_TEST,
-        lambda data: data.targets,
-        _readable,
-    ),
-    "cifar100": Row(
-        datasets.CIFAR100, "cifar-100-python", _CIFAR_PAGE, _TRAIN_TEST, lambda data: data.targets, _readable
-    ),
-}
-
-
-class _Images:
-    """A torchvision data set without its labels."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, row: int) -> Image.Image:
-        return to_rgb(self.dataset[row][0])
-
-    def where(self, row: int) -> str:
-        return ""
 
 
 def default_root() -> Path:
@@ -89,6 +29,7 @@ def load(
     split: str | None = None,
     root: str | Path | None = None,
     download: bool = False,
+    names: str | None = None,
     n: int | None = None,
     seed: int = 0,
     size: int | None = None,
@@ -97,42 +38,76 @@ def load(
 
     Args:
         name: a key of :data:`TABLE`.
-        split: ``"train"`` or ``"test"`` (the default).
+        split: such as ``"train"``; None is the one that evaluations use (test, else val, else all there is).
         root: the folder that torchvision calls root; None is :func:`default_root`.
         download: fetch it when it is not there; nothing is downloaded otherwise.
+        names: a style of the class names, with its version or without: ``"plain"``, ``"tecoa/1"``, ``"ttc"``.
         n: take so many images, evenly over the classes.
         seed: of that choice.
         size: side to resize and crop to; None keeps the native one.
 
+    Returns:
+        A dataset whose ``meta`` says ``page``, ``names`` (style and version) and ``names_sha256`` (of the table).
+
     Raises:
-        UsageError: an unknown name or split, or a data set that is not there, damaged, or cannot be downloaded.
+        UsageError: an unknown name, split or style, or a data set that is not there, damaged, or cannot be downloaded.
+        MissingPackageError: a package that only this data set needs is not installed.
     """
     row = TABLE.get(name)
     if row is None:
         raise unknown_name("torchvision data set", name, TABLE)
-    split = "test" if split is None else split
+    split = row.splits[0] if split is None else split
     if split not in row.splits:
         raise unknown_name(f"split of {name}", split, row.splits)
-    folder = default_root() if root is None else Path(root).expanduser()
-    if not download and not (folder / row.folder).exists():
-        raise UsageError(
-            f"{name} is not there: {folder / row.folder} does not exist. Unpack it from {row.page} into {folder}, "
-            f"name the folder that holds {row.folder} with root= or {ROOT_VARIABLE}, or fetch it with download=True."
-        )
-    dataset = ImageDataset(*_read(row, name, folder, split, download), name=f"{name}/{split}", size=size)
+    classes = table(name)
+    classes.style(names)
+    _check_packages(name, row)
+    if download and not row.fetches:
+        raise UsageError(f"download is True, but {name} cannot be fetched by a program; get it from {row.page}.")
+    place = default_root() if root is None else Path(root).expanduser()
+    folder = place / row.folder if download else _find(row, name, place, split)
+    content = _read(row, name, place, folder, split, download)
+    written, meta = classes.write(content.names, names)
+    dataset = ImageDataset(
+        content.images, content.labels, written, name=f"{name}/{split}", size=size, meta={"page": row.page, **meta}
+    )
     return dataset if n is None else dataset.sample(n, seed)
 
 
-def _read(row: Row, name: str, root: Path, split: str, download: bool) -> tuple[_Images, Sequence[int], Sequence[str]]:
+def _check_packages(name: str, row: Row) -> None:
+    missing = [package for package in row.requires if importlib.util.find_spec(package) is None]
+    if missing:
+        packages = " ".join(missing)
+        raise MissingPackageError(f"{name} needs {packages}, which is not installed: pip install {packages}")
+
+
+def _find(row: Row, name: str, root: Path, split: str) -> Path:
+    """Where it lies: its usual folder, or the first other that holds the split."""
+    usual = root / row.folder
+    others = [root / other for other in row.also if (root / other / split).is_dir()]
+    if usual.exists() or others:
+        return usual if usual.exists() else others[0]
+    also = "".join(f", nor {root / other / split}" for other in row.also)
+    fetch = ", or fetch it with download=True" if row.fetches else ""
+    raise UsageError(
+        f"{name} is not there: {usual} does not exist{also}. Unpack it from {row.page} into {root}, "
+        f"name the folder that holds {row.folder} with root= or {ROOT_VARIABLE}{fetch}."
+    )
+
+
+def _read(row: Row, name: str, root: Path, folder: Path, split: str, download: bool) -> Content:
     try:
-        data = row.cls(root=str(root), download=download, **row.splits[split])
-    except (RuntimeError, OSError) as error:
+        return row.read(root, folder, split, download)
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:  # what torchvision, scipy and h5py raise for files that are cut or of another kind
+        reason = f"{type(error).__name__}: {error}"
         if download:
-            advice = f"could not be downloaded ({error}); get it from {row.page} by hand and unpack it into {root}"
+            advice = f"could not be downloaded ({reason}); get it from {row.page} by hand and unpack it into {root}"
         else:
+            again = ", or pass download=True" if row.fetches else ""
             advice = (
-                f"in {root / row.folder} is incomplete or damaged (its checksums differ); delete it and unpack it "
-                f"afresh from {row.page}, or pass download=True"
+                f"in {folder} is incomplete or damaged ({reason}); delete it and unpack it afresh from "
+                f"{row.page}{again}"
             )
         raise UsageError(f"{name} {advice}.") from error
-    return _Images(data), row.labels(data), row.names(data)
