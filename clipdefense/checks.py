@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +67,23 @@ def check_labels(y: Tensor, n: int, classes: int | None = None, argument: str = 
         raise UsageError(f"{argument} has labels in [{low}, {high}]; [0, {top}] is expected.")
 
 
+def check_ids(ids: Tensor, n: int) -> None:
+    """Distinct whole numbers from 0 on, one an image: two images of one id would get the same draws."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        got = f"dtype {ids.dtype}" if isinstance(ids, Tensor) else f"type {type(ids).__name__}"
+        raise UsageError(f"ids has {got}; a tensor of whole numbers, one an image, is expected (ids.long()).")
+    if ids.shape != (n,):
+        raise UsageError(f"ids has shape {tuple(ids.shape)}; one whole number an image, ({n},), is expected.")
+    ordered = ids.sort().values
+    if ordered[0] < 0:
+        raise UsageError(f"ids contains {int(ordered[0])}; whole numbers of at least 0 are expected.")
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(repeated):
+        raise UsageError(
+            f"ids contains {int(repeated[0])} more than once; ids name the images in the random draws and must differ."
+        )
+
+
 def check_class_names(names: Sequence[str], argument: str = "classes") -> tuple[str, ...]:
     """Require at least two distinct, non-empty names; returns them as a tuple."""
     if isinstance(names, str):
@@ -80,3 +99,20 @@ def check_class_names(names: Sequence[str], argument: str = "classes") -> tuple[
     if repeated:
         raise UsageError(f"{argument} contains {repeated[0]!r} more than once; class names must be distinct.")
     return listed
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Require a whole number of at least ``least``; a bool is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name} is {value!r}; a whole number of at least {least} is expected.")
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Require a finite number in [low, high], without an end that is open."""
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not numeric or value < low or value > high or (open_low and value == low) or (open_high and value == high):
+        least = f"{'above' if open_low else 'at least'} {low:g}"
+        most = "" if math.isinf(high) else f" and {'below' if open_high else 'at most'} {high:g}"
+        raise UsageError(f"{name} is {value!r}; a number {least}{most} is expected.")

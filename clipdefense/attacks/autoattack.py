@@ -21,7 +21,8 @@ from clipdefense.attacks.fab import fab_t
 from clipdefense.attacks.forward import takes_keys
 from clipdefense.attacks.options import Options, attack, labelled
 from clipdefense.attacks.square import square
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.checks import check_labels
+from clipdefense.errors import UsageError, check_options, unknown_name
 from clipdefense.threat import ThreatModel
 
 Stage = tuple[str, Callable[..., Tensor], dict[str, Any]]
@@ -104,6 +105,12 @@ def _plan(version: str, stages: Mapping[str, Mapping[str, Any]], options: dict[s
     for name in stages:
         if name not in (known := [stage for stage, _, _ in VERSIONS[version]]):
             raise unknown_name(f"stage of autoattack's version {version!r}", name, known)
+    for name, function, _ in VERSIONS[version]:
+        if not isinstance(own := stages.get(name, {}), Mapping):
+            raise UsageError(f"stages[{name!r}] is {own!r}; a mapping of options is expected, such as {{'steps': 50}}.")
+        check_options(function, dict(own), f"option of stage {name!r}", given=4)
+        for option in {"seed", "generator", "ids", "progress"} & set(own):
+            raise UsageError(f"stages[{name!r}] has {option!r}, which belongs to the whole ensemble; pass {option}=.")
     for name, function, own in VERSIONS[version]:
         yield name, function, own | options | dict(stages.get(name, {}))
 
@@ -121,6 +128,7 @@ class _Judge:
             keys = {"ids": task.ids, "seed": task.seed + draw} if self.keyed else {}
             logits = predict(task.model, task.x, batch_size=task.options.batch_size, **keys)
             check_finite(logits, task.ids)
+            check_labels(task.y, len(task.y), classes=logits.shape[1])
             if warn and draw == 0:
                 _warn_of_probabilities(logits)
             count += logits.argmax(dim=1) != task.y

@@ -18,7 +18,8 @@ def _fp32_precision(precision: str) -> Iterator[None]:
     """How float32 matrix products and convolutions are done: ``"ieee"`` or ``"tf32"``."""
     # all three together: torch refuses to answer legacy queries when conv and rnn differ
     cudnn: Any = torch.backends.cudnn
-    knobs = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
+    mkldnn: Any = torch.backends.mkldnn  # which rounds to bfloat16 or TF32 on processors that can
+    knobs = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
     before = [knob.fp32_precision for knob in knobs]
     try:
         for knob in knobs:
@@ -97,6 +98,15 @@ def non_finite(ids: Tensor) -> UsageError:
     )
 
 
+def non_finite_gradient(ids: Tensor) -> UsageError:
+    """The error that names the images at which the gradient is NaN or infinite though the logits are finite."""
+    shown = ", ".join(str(int(i)) for i in ids[:8])
+    return UsageError(
+        f"model gives NaN or infinite input gradients for {len(ids)} images (ids {shown}); a gradient attack would "
+        "stand still there and prove nothing: look for a square root, a norm, a logarithm or a division at zero."
+    )
+
+
 def predict(model: nn.Module, x: Tensor, *, batch_size: int = 128, **per_image: Any) -> Tensor:
     """Verdict logits: full fp32, eval mode, no gradients, in chunks.
 
@@ -116,7 +126,8 @@ def predict(model: nn.Module, x: Tensor, *, batch_size: int = 128, **per_image: 
             rows = slice(start, start + batch_size)
             keys = {key: value[rows] if isinstance(value, Tensor) else value for key, value in per_image.items()}
             logits.append(logits_of(model, x[rows], **keys))
-    return torch.cat(logits)
+    found = torch.cat(logits)
+    return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 def check_target(model: Any, threat: Any) -> None:

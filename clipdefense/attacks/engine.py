@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from clipdefense.attacks.context import attack_mode, non_finite
+from clipdefense.attacks.context import attack_mode, non_finite, non_finite_gradient
 from clipdefense.attacks.forward import Forward, evaluate
 from clipdefense.attacks.objectives import Objective
 from clipdefense.attacks.options import Options, Progress, Status
-from clipdefense.checks import check_images, check_labels
+from clipdefense.checks import check_ids, check_images, check_labels
+from clipdefense.errors import UsageError
 from clipdefense.randomness import draw_seed
 from clipdefense.threat import ThreatModel
 
@@ -27,6 +28,7 @@ State = dict[str, Tensor]
 """Per-image tensors, all (N, ...), no two sharing memory; holds ``x`` (clean) and ``x_adv`` (to evaluate next)."""
 
 UNIT = 512
+REPORT = 25  # steps between two reports of progress while no image leaves
 
 
 class AttackWarning(UserWarning):
@@ -113,12 +115,14 @@ def prepare(
     """Check an attack's arguments; returns (seed, ids), the seed drawn from the generator where one is given."""
     channels = getattr(getattr(model, "mean", None), "shape", (0, None))[1]
     check_images(x, channels=channels)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise UsageError(f"x has dtype {x.dtype}, in which a small eps is rounded away; pass x.float().")
     classes = getattr(model, "class_names", None)
     check_labels(y, len(x), classes=None if classes is None else len(classes))
     if ids is None:
         ids = torch.arange(len(x), device=x.device)
     else:
-        check_labels(ids, len(x), argument="ids")
+        check_ids(ids, len(x))
     return (seed if generator is None else draw_seed(generator)), ids.to(x.device)
 
 
@@ -129,6 +133,7 @@ def run(
     *,
     keys: tuple[Tensor, ...] = (),
     goal: Tensor | None = None,
+    labels: bool = True,
 ) -> Outcome:
     """Run a method on all images, in work units of 512, at most ``batch_size`` at a time.
 
@@ -138,12 +143,13 @@ def run(
         objective: what it maximises, ``(logits, y, *keys) -> (N,)``.
         keys: further per-image arguments of the objective, each (N, ...): target classes, clean embeddings.
         goal: (N,) classes: an image is broken once classified as its goal; None, as anything but its label.
+        labels: whether y are classes, to be checked against the logits; an own objective may mean something else.
 
     Returns:
         Adversarial images, detached, on x's device and in its dtype, and which of them were seen broken.
     """
     with attack_mode(task.model):
-        job = _Run(task, method, objective, keys, goal)
+        job = _Run(task, method, objective, keys, goal, labels)
         for unit in torch.arange(len(task.x)).split(UNIT):
             job.unit(unit)
         return job.outcome()
@@ -152,7 +158,7 @@ def run(
 class _Claim(NamedTuple):
     """Rows that look broken, until the host can know it; on CUDA the flags travel while the next step is queued."""
 
-    flags: Tensor  # (2, N) bool: looks broken, logits not finite
+    flags: Tensor  # (3, N) bool: looks broken, logits not finite, gradient not finite
     arrived: torch.cuda.Event | None
     positions: Tensor  # in the run, of each row, on the CPU
     x_adv: Tensor
@@ -167,7 +173,13 @@ class _Run:
     """One run's arguments, its results so far, and the images in flight (a row each)."""
 
     def __init__(
-        self, task: Task, method: Method, objective: Objective, keys: tuple[Tensor, ...], goal: Tensor | None
+        self,
+        task: Task,
+        method: Method,
+        objective: Objective,
+        keys: tuple[Tensor, ...],
+        goal: Tensor | None,
+        labels: bool,
     ) -> None:
         self.task, self.method, self.objective = task, method, objective
         self.options, self.keys, self.goal = task.options, keys, goal
@@ -177,13 +189,16 @@ class _Run:
         self.late = reads_late(task.x.device)
         self.x_adv = task.x.clone()
         self.broken = torch.zeros(len(task.x), dtype=torch.bool)
-        self.dead = torch.zeros(len(task.x), dtype=torch.bool, device=task.x.device)
-        self.done, self.began = 0, time.monotonic()
+        # evaluations with a gradient, and those in which it was exactly zero
+        self.steep, self.flat = torch.zeros(2, len(task.x), dtype=torch.int32, device=task.x.device)
+        self.labels, self.looked = labels, False
+        self.done, self.steps, self.began = 0, 0, time.monotonic()
 
     def outcome(self) -> Outcome:
-        if self.dead.any():
+        dead = (self.flat * 2 > self.steep) & ~self.broken.to(self.flat.device)
+        if dead.any():
             warnings.warn(
-                f"the input gradient is exactly zero on {int(self.dead.sum())} of {len(self.dead)} images: a gradient "
+                f"the input gradient is exactly zero on {int(dead.sum())} of {len(dead)} images: a gradient "
                 "attack cannot move there, and what it leaves standing must not be called robust.",
                 AttackWarning,
                 stacklevel=4,
@@ -209,9 +224,12 @@ class _Run:
                     gone = gone | self._leave(claim)
                     claim, done = None, done & ~gone
                 self._release(done)
+            self.steps += 1
             if gone.any() or done.any():
                 self._replace(gone | done)
                 self._report(int((gone | done).sum()))
+            elif self.steps % REPORT == 0:
+                self._report(0)
 
     def _start(self, rows: Tensor) -> State:
         return self.method.start(self.task.x[rows], self.task.ids[rows])
@@ -239,10 +257,19 @@ class _Run:
             gradient = torch.zeros_like(x_adv).index_copy(0, some, parts[0][1])
         missed = self._missed(logits, self.rows)
         wrong = missed[0] if len(missed) == 1 else missed.float().mean(dim=0) > 0.5
-        if self.method.uses_gradient and not self.age.all():
-            fresh = self.rows[(self.age == 0).to(self.rows.device)]
-            self.dead[fresh] = ~gradient[(self.age == 0).to(self.rows.device)].flatten(1).any(dim=1)
-        return Evaluation(loss, gradient, wrong), self._claim(wrong, logits, x_adv)
+        return Evaluation(loss, gradient, wrong), self._claim(
+            wrong, logits, x_adv, self._usable(gradient, steep, wrong)
+        )
+
+    def _usable(self, gradient: Tensor, steep: Tensor, wrong: Tensor) -> Tensor:
+        """(N,) whether the gradient is finite; zero ones are counted, where the image still stands."""
+        if not steep.any():
+            return torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.device)
+        asked = steep.to(self.rows.device, torch.int32)
+        size = gradient.flatten(1).abs().amax(dim=1)
+        self.steep.index_add_(0, self.rows, asked)
+        self.flat.index_add_(0, self.rows, asked * ((size == 0) & ~wrong))
+        return torch.isfinite(size)
 
     def _pass(self, rows: slice | Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Those rows through the model: loss (n,), gradient (n, C, H, W) or empty, logits (draws, n, classes)."""
@@ -252,23 +279,38 @@ class _Run:
         return evaluate(
             self.forward.bound(self.rows[rows], age, self.options.eot),
             self.state["x_adv"][rows],
-            lambda logits: self.objective(logits, y, *arguments),
+            lambda logits: self._loss(logits, y, *arguments),
             eot=self.options.eot,
             gradient=gradient,
             dtype=self.options.gradient_dtype,
             extra=lambda x: extra(x, y),
         )
 
+    def _loss(self, logits: Tensor, y: Tensor, *arguments: Tensor) -> Tensor:
+        if not self.looked:
+            self.looked = True
+            if self.labels and (most := int(self.task.y.max())) >= logits.shape[1]:
+                raise UsageError(
+                    f"y has labels up to {most}, but the model gives {logits.shape[1]} logits; labels in "
+                    f"[0, {logits.shape[1] - 1}] are expected."
+                )
+        loss = self.objective(logits, y, *arguments)
+        if loss.shape != y.shape:
+            raise UsageError(f"objective returned shape {tuple(loss.shape)}; one loss an image, {tuple(y.shape)}.")
+        return loss
+
     def _always(self, age: Tensor) -> Tensor:
         return torch.full(age.shape, self.method.uses_gradient)
 
-    def _claim(self, wrong: Tensor, logits: Tensor, x_adv: Tensor) -> _Claim:
+    def _claim(self, wrong: Tensor, logits: Tensor, x_adv: Tensor, usable: Tensor) -> _Claim:
         if not self.options.early_stop:
             wrong = torch.zeros_like(wrong)
         elif self.inside is not None:
             wrong = wrong & self.inside(self.state)
-        flags, arrived = torch.stack([wrong, ~torch.isfinite(logits).all(dim=2).all(dim=0)]), None
-        if flags.is_cuda:
+        flags, arrived = torch.stack([wrong, ~torch.isfinite(logits).all(dim=2).all(dim=0), ~usable]), None
+        if not flags.is_cuda:
+            flags = flags.cpu()
+        else:
             flags = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
@@ -281,9 +323,10 @@ class _Run:
             return gone
         if claim.arrived is not None:
             claim.arrived.synchronize()
-        wrong, bad = claim.flags
-        if bad.any():
-            raise non_finite(self.task.ids[claim.positions[bad].to(self.task.ids.device)])
+        wrong, *bad = claim.flags
+        for rows, error in zip(bad, (non_finite, non_finite_gradient)):
+            if rows.any():
+                raise error(self.task.ids[claim.positions[rows].to(self.task.ids.device)])
         rows = (wrong & ~self.broken[claim.positions]).nonzero()[:, 0]
         rows = rows[self._confirmed(claim, rows)] if len(rows) else rows
         if not len(rows):
@@ -299,7 +342,8 @@ class _Run:
             return torch.ones(len(rows), dtype=torch.bool)
         x_adv, index = claim.x_adv[rows.to(claim.x_adv.device)], claim.positions[rows].to(claim.x_adv.device)
         with torch.no_grad():
-            return self._missed(self.forward.plain(x_adv), index).cpu()
+            missed = self._missed(self.forward.plain(x_adv, index, self.options.eot), index)
+        return (missed.float().mean(dim=0) > 0.5).cpu()
 
     def _missed(self, logits: Tensor, rows: Tensor) -> Tensor:
         """(..., N) whether logits (..., N, classes) of these rows are what the attack is after."""
@@ -338,4 +382,6 @@ class _Run:
         if self.options.progress is not None:
             total, passed = len(self.x_adv), time.monotonic() - self.began
             robust = total - int(self.broken.sum())
-            self.options.progress(Status("", self.done, total, robust, passed * (total - self.done) / self.done))
+            # images in flight count by the evaluations that they have had
+            share = (self.done + float(self.age.sum()) / self.method.evaluations) / total
+            self.options.progress(Status("", self.done, total, robust, passed * (1 - share) / max(share, 1e-9)))

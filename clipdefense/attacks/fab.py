@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from clipdefense.attacks import engine
-from clipdefense.attacks.norms import BALLS, per_image, project
+from clipdefense.attacks.norms import BALLS, l2_norm, per_image, project
 from clipdefense.attacks.objectives import targeted_margin
 from clipdefense.attacks.options import attack
 from clipdefense.attacks.targets import over_targets
+from clipdefense.checks import check_number, check_whole
 from clipdefense.threat import Norm, ThreatModel
 
 
@@ -65,13 +66,17 @@ class _FAB:
     uses_gradient = True
 
     def __init__(self, norm: Norm, eps: float, steps: int, alpha_max: float, eta: float, beta: float) -> None:
+        check_whole("steps", steps, 0)
+        check_number("alpha_max", alpha_max, 0, 1)
+        check_number("eta", eta, 0, math.inf, open_low=True)
+        check_number("beta", beta, 0, 1)
         self.norm, self.eps, self.steps = norm, eps, steps
         self.alpha_max, self.eta, self.beta = alpha_max, eta, beta
         self.evaluations = 2 * steps
 
     def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
         delta = (x_adv - x).flatten(1)
-        return delta.abs().amax(dim=1) if self.norm == "linf" else delta.norm(dim=1)
+        return delta.abs().amax(dim=1) if self.norm == "linf" else l2_norm(delta)[:, 0]
 
     def start(self, x: Tensor, ids: Tensor) -> engine.State:
         return {
@@ -148,9 +153,10 @@ def fab_t(
         (N, C, H, W): the point that broke the image, or the nearest one found, projected. Within eps and in [0, 1].
     """
     task = engine.Task.of(model, x, y, threat, options)
+    check_whole("targets", targets, 1)
+    method = _FAB(threat.norm, threat.eps, steps, alpha_max, eta, beta)
     if threat.eps == 0 or steps == 0:
         return task.x.clone()
-    method = _FAB(threat.norm, threat.eps, steps, alpha_max, eta, beta)
 
     def towards(rank: int, standing: engine.Task, target: Tensor) -> engine.Outcome:
         return engine.run(standing, method, targeted_margin, keys=(target,))

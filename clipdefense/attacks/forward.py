@@ -25,6 +25,11 @@ class Embedder(nn.Module):
         return cast(Tensor, cast(Any, self.model).embed(x))
 
 
+def keyed(model: nn.Module, ids: Tensor, seed: int) -> dict[str, Any]:
+    """What :func:`clipdefense.attacks.context.predict` passes on so that a random model's draws repeat."""
+    return {"ids": ids, "seed": seed} if takes_keys(model) else {}
+
+
 def takes_keys(model: nn.Module) -> bool:
     """Whether the model's draws can be keyed: its forward takes ``ids`` and ``seed`` (a wrapped random defence)."""
     return {"ids", "seed"} <= set(inspect.signature(model.forward).parameters)
@@ -81,9 +86,12 @@ class Forward:
         self.compiled: Callable[..., Any] = torch.compile(model, dynamic=False) if options.compile else model
         self.sizes = [math.ceil(options.batch_size / 2**k) for k in range(4)] if options.compile else []
 
-    def plain(self, x: Tensor) -> Tensor:
-        """Logits as a verdict takes them: never compiled."""
-        return logits_of(self.model, x)
+    def plain(self, x: Tensor, rows: Tensor, draws: int) -> Tensor:
+        """(draws, N, classes) logits as a verdict takes them: never compiled, draws keyed apart from all steps'."""
+        if not self.keyed:
+            return torch.stack([logits_of(self.model, x) for _ in range(draws)])
+        ids = self.ids[rows]
+        return torch.stack([logits_of(self.model, x, ids=ids, seed=self.seed + draw) for draw in range(draws)])
 
     def bound(self, rows: Tensor, age: Tensor, eot: int) -> Callable[[Tensor, int], Tensor]:
         """``(images, draw) -> logits`` for these rows, whose images had ``age`` evaluations."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from clipdefense.checks import check_whole
 from clipdefense.errors import UsageError, unknown_name
 
 GradientDtype = Literal["fp32", "tf32", "bf16"]
@@ -74,9 +75,16 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eot"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"{name} is {value!r}; a whole number of at least 1 is expected.")
+            check_whole(name, getattr(self, name), 1)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise UsageError(f"seed is {self.seed!r}; a whole number is expected.")
+        for name in ("early_stop", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; True or False is expected.")
+        if not (self.progress is None or callable(self.progress)):
+            raise UsageError(f"progress is {self.progress!r}; None or a function of a Status is expected.")
+        if not (self.generator is None or isinstance(self.generator, torch.Generator)):
+            raise UsageError(f"generator is {self.generator!r}; a torch.Generator is expected, or seed=.")
         if self.gradient_dtype not in GRADIENT_DTYPES:
             raise unknown_name("gradient_dtype", str(self.gradient_dtype), GRADIENT_DTYPES)
 

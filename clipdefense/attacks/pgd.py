@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clipdefense.attacks import engine
 from clipdefense.attacks.context import predict
-from clipdefense.attacks.forward import Embedder
+from clipdefense.attacks.forward import Embedder, keyed
 from clipdefense.attacks.norms import BALLS, Ball, project
 from clipdefense.attacks.objectives import Objective, drift, get_objective
 from clipdefense.attacks.options import attack
@@ -43,14 +43,15 @@ class _PGD:
 
 
 class _FromInit(_PGD):
-    """PGD from given perturbations instead of random ones; the image's position stands in for its id."""
+    """PGD from given perturbations instead of random ones, found by the images' ids."""
 
-    def __init__(self, init: Tensor, *args: object) -> None:
+    def __init__(self, init: Tensor, ids: Tensor, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
-        self.init = init
+        self.ids, order = ids.sort()
+        self.init = init.detach()[order]
 
     def start(self, x: Tensor, ids: Tensor) -> engine.State:
-        return {"x": x, "x_adv": project(self.ball, x, x + self.init[ids], self.eps)}
+        return {"x": x, "x_adv": project(self.ball, x, x + self.init[torch.searchsorted(self.ids, ids)], self.eps)}
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,18 @@ class _Search:
     loss: Objective
     keys: tuple[Tensor, ...] = ()
     goal: Tensor | None = None
+    labels: bool = True
 
-    def run(self, method: _PGD, rows: Tensor, ids: Tensor) -> engine.Outcome:
-        task = replace(self.task.rows(rows, self.task.options.progress), ids=ids)
+    def run(self, method: _PGD, rows: Tensor) -> engine.Outcome:
+        task = self.task.rows(rows, self.task.options.progress)
         goal = None if self.goal is None else self.goal[rows]
-        return engine.run(task, method, self.loss, keys=tuple(key[rows] for key in self.keys), goal=goal)
+        keys = tuple(key[rows] for key in self.keys)
+        return engine.run(task, method, self.loss, keys=keys, goal=goal, labels=self.labels)
 
     def standing(self, model: nn.Module, x_adv: Tensor, rows: Tensor) -> Tensor:
         """(n,) which of those rows are not broken at x_adv."""
-        predicted = predict(model, x_adv[rows], batch_size=self.task.options.batch_size).argmax(dim=1)
+        keys = keyed(model, self.task.ids[rows], self.task.seed)
+        predicted = predict(model, x_adv[rows], batch_size=self.task.options.batch_size, **keys).argmax(dim=1)
         return predicted == self.task.y[rows] if self.goal is None else predicted != self.goal[rows]
 
 
@@ -77,7 +81,7 @@ def _search(task: engine.Task, objective: str | Objective, target: Tensor | None
     if objective != "drift":
         loss = get_objective(objective, targeted=target is not None)
         if target is None:
-            return _Search(task, loss)
+            return _Search(task, loss, labels=not callable(objective))
         check_labels(target, len(task.x), argument="target")
         target = target.to(task.x.device, torch.int64)
         return _Search(task, loss, (target,), target)
@@ -87,7 +91,9 @@ def _search(task: engine.Task, objective: str | Objective, target: Tensor | None
     embedder = Embedder(task.model)
     clean = predict(embedder, task.x, batch_size=task.options.batch_size)
     # embeddings are no verdicts: nothing may leave on them
-    return _Search(replace(task, model=embedder, options=replace(task.options, early_stop=False)), drift, (clean,))
+    return _Search(
+        replace(task, model=embedder, options=replace(task.options, early_stop=False)), drift, (clean,), labels=False
+    )
 
 
 @attack
@@ -138,8 +144,8 @@ def pgd(
     ball, result, left = BALLS[threat.norm], task.x.clone(), torch.arange(len(x), device=x.device)
     for restart in range(threat.restarts):
         settings = (ball, threat.eps, threat.alpha, threat.steps, task.seed, restart, random_start)
-        method = _PGD(*settings) if init is None else _FromInit(init.to(task.x), *settings)
-        outcome = search.run(method, left, task.ids[left] if init is None else left)
+        method = _PGD(*settings) if init is None else _FromInit(init.to(task.x), task.ids, *settings)
+        outcome = search.run(method, left)
         result[left] = outcome.x_adv
         if restart + 1 < threat.restarts:
             left = left[~outcome.broken]

@@ -17,6 +17,7 @@ from clipdefense.attacks import engine
 from clipdefense.attacks.norms import BALLS, l2_norm, per_image, project
 from clipdefense.attacks.objectives import Objective, get_objective
 from clipdefense.attacks.options import attack
+from clipdefense.checks import check_number, check_whole
 from clipdefense.threat import ThreatModel
 
 BLOCK = 64  # queries whose draws are made at once; the numbers are the same for any block
@@ -250,7 +251,10 @@ def square(
         (N, C, H, W): the candidate that broke the image, or the best one. Within eps of x and in [0, 1].
     """
     task, loss = engine.Task.of(model, x, y, threat, options), get_objective(objective)
+    check_whole("queries", queries, 0)
+    check_number("p", p, 0, 1, open_low=True)
     if threat.eps == 0 or queries == 0:
         return task.x.clone()
     kind = {"linf": _SquareLInf, "l2": _SquareL2}[threat.norm]
-    return engine.run(task, kind(threat.eps, queries, p, task.seed, tuple(x.shape)), loss).x_adv
+    method = kind(threat.eps, queries, p, task.seed, tuple(x.shape))
+    return engine.run(task, method, loss, labels=not callable(objective)).x_adv

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from clipdefense.attacks.context import predict
 from clipdefense.attacks.engine import Outcome, Task
+from clipdefense.attacks.forward import keyed
 from clipdefense.attacks.norms import per_image
 from clipdefense.attacks.objectives import likely_targets, margin
 from clipdefense.attacks.options import labelled
+from clipdefense.checks import check_labels
 
 Towards = Callable[[int, Task, Tensor], Outcome]
 """``(rank of the target, what still stands, its target classes) -> Outcome``."""
@@ -29,7 +31,13 @@ def over_targets(task: Task, count: int, towards: Towards) -> Tensor:
         (N, C, H, W): the point that broke the image, or the one of largest margin over the targets.
     """
     model, size = task.model, task.options.batch_size
-    ranked = likely_targets(predict(model, task.x, batch_size=size), task.y, count)
+
+    def verdict(x: Tensor, ids: Tensor) -> Tensor:
+        return predict(model, x, batch_size=size, **keyed(model, ids, task.seed))
+
+    clean = verdict(task.x, task.ids)
+    check_labels(task.y, len(task.y), classes=clean.shape[1])
+    ranked = likely_targets(clean, task.y, count)
     result, left = task.x.clone(), torch.arange(len(task.x), device=task.x.device)
     best = torch.full((len(task.x),), -torch.inf, device=task.x.device)
     for rank in range(ranked.shape[1]):
@@ -39,7 +47,7 @@ def over_targets(task: Task, count: int, towards: Towards) -> Tensor:
         left, reached = left[~outcome.broken], outcome.x_adv[~outcome.broken]
         if not len(left):
             break
-        gap = margin(predict(model, reached, batch_size=size), task.y[left]).to(best.dtype)
+        gap = margin(verdict(reached, task.ids[left]), task.y[left]).to(best.dtype)
         further = gap > best[left]
         result[left] = torch.where(per_image(further, reached), reached, result[left])
         best[left] = torch.maximum(best[left], gap)

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+from clipdefense.checks import check_number, check_whole
 from clipdefense.errors import UsageError, unknown_name
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -97,23 +98,23 @@ class TrainingConfig:
         if self.checkpoint is not None:
             object.__setattr__(self, "checkpoint", str(self.checkpoint))
         for name in ("epochs", "batch_size", "accumulate"):
-            _whole(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1)
         for name in ("warmup_steps", "measure_every", "workers", "seed"):
-            _whole(name, getattr(self, name), 0)
+            check_whole(name, getattr(self, name), 0)
         for name in ("max_steps", "checkpoint_every"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
+                check_whole(name, getattr(self, name), 1)
         for epoch in self.milestones:
-            _whole("milestones", epoch, 1)
-        _number("lr", self.lr, 0, math.inf, open_low=True)
-        _number("gamma", self.gamma, 0, 1, open_low=True)
-        _number("warmup_cap", self.warmup_cap, 0, 1, open_low=True)
-        _number("momentum", self.momentum, 0, 1, open_high=True)
-        _number("weight_decay", self.weight_decay, 0, math.inf)
-        _number("mix", self.mix, 0, 1)
-        _number("validation", self.validation, 0, 1, open_high=True)
+            check_whole("milestones", epoch, 1)
+        check_number("lr", self.lr, 0, math.inf, open_low=True)
+        check_number("gamma", self.gamma, 0, 1, open_low=True)
+        check_number("warmup_cap", self.warmup_cap, 0, 1, open_low=True)
+        check_number("momentum", self.momentum, 0, 1, open_high=True)
+        check_number("weight_decay", self.weight_decay, 0, math.inf)
+        check_number("mix", self.mix, 0, 1)
+        check_number("validation", self.validation, 0, 1, open_high=True)
         if self.max_grad_norm is not None:
-            _number("max_grad_norm", self.max_grad_norm, 0, math.inf, open_low=True)
+            check_number("max_grad_norm", self.max_grad_norm, 0, math.inf, open_low=True)
         self._check_choices()
 
     def _check_choices(self) -> None:
@@ -172,16 +173,3 @@ def check_selection(train: str) -> tuple[str, int]:
     if colon or name not in SELECTIONS:
         raise unknown_name("train", str(train), SELECTIONS)
     return name, 0
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{name} is {value!r}; a whole number of at least {least} is expected.")
-
-
-def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> None:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not numeric or value < low or value > high or (open_low and value == low) or (open_high and value == high):
-        least = f"{'above' if open_low else 'at least'} {low:g}"
-        most = "" if math.isinf(high) else f" and {'below' if open_high else 'at most'} {high:g}"
-        raise UsageError(f"{name} is {value!r}; a number {least}{most} is expected.")
