@@ -60,8 +60,8 @@ def subjects(size: str, device: str) -> list[Subject]:
     x, y = load("test").tensors()
     found = []
     for name, model, eps, n in (
-        ("undefended", plain, 8 / 255, 48),
-        ("hardened", hardened_digits_clip(plain), 16 / 255, 24),
+        ("undefended", plain, 8 / 255, 32),
+        ("hardened", hardened_digits_clip(plain), 16 / 255, 16),
     ):
         model = model.to(device).eval()
         right = (attacks.predict(model, x.to(device)).argmax(dim=1).cpu() == y).nonzero()[:, 0]

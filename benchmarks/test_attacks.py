@@ -52,7 +52,7 @@ def test_time_and_verdict_beside_the_suite_of_art(size: str, device: str, record
     if size == "smoke":
         pytest.skip("ART's AutoAttack takes more than a minute an image on this model; --size cpu runs it")
     figures: dict[str, Any] = {}
-    for subject in (every.first(6) for every in subjects(size, device)):
+    for subject in (every.first(3) for every in subjects(size, device)):
         own, own_seconds = seconds_of(lambda: subject.ours("suite", 0, PUBLISHED), device)  # noqa: B023
         their, their_seconds = seconds_of(lambda: art_autoattack(subject), device)  # noqa: B023
         figures[subject.name] = {
