@@ -26,6 +26,8 @@ _HOME = {
     "UsageError": "errors",
     "ViewModule": "defenses",
     "ZeroShotClassifier": "classifier",
+    "audit": "audit",
+    "check_defense": "conformance",
     "evaluate": "evaluation",
     "get_attack": "plugins",
     "get_defense": "plugins",
@@ -40,7 +42,9 @@ __all__ = [*_HOME, *_SUBMODULES, "__version__"]
 
 if TYPE_CHECKING:
     from clipdefense import attacks, data, training
+    from clipdefense.audit import audit
     from clipdefense.classifier import ClassHead, EmbeddingTable, TokenEmbeddings, ZeroShotClassifier
+    from clipdefense.conformance import check_defense
     from clipdefense.defenses import AttackView, InputDefense, TestTimeDefense, Traits, ViewModule
     from clipdefense.errors import MissingPackageError, UsageError
     from clipdefense.estimator import CLIPClassifier

@@ -15,6 +15,9 @@ from clipdefense.errors import UsageError, check_options
 from clipdefense.plugins import KINDS, registry
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from clipdefense.attacks.options import Progress
     from clipdefense.classifier import ZeroShotClassifier
     from clipdefense.data import ImageDataset
     from clipdefense.evaluation import Evaluation
@@ -31,6 +34,22 @@ Seed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Of images d
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; a GPU when there is one.")]
 Split = Annotated[str | None, typer.Option("--split", help="train or test, where the data set has both.")]
 Size = Annotated[int | None, typer.Option("--size", min=1, help="Resize and crop to this side; native otherwise.")]
+Attacks = Annotated[
+    list[str] | None,
+    typer.Option("--attack", "-a", help="A name, and options: pgd,steps=100,objective=margin. Repeatable."),
+]
+Views = Annotated[
+    list[str] | None, typer.Option("--view", help="An adaptive view of the defence, repeatable; all otherwise.")
+]
+Cumulative = Annotated[
+    bool, typer.Option("--cumulative", help="Each attack only on images that those before it left standing.")
+]
+AdaptiveFlag = Annotated[
+    bool,
+    typer.Option(
+        "--adaptive", help="Attack through the defence in every known way: more EOT draws, black box, embeddings."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="key=value for the defence or method. Repeatable.")
@@ -137,10 +156,7 @@ def plugins() -> None:
 def evaluate(
     model: Model,
     data: Data,
-    attack: Annotated[
-        list[str] | None,
-        typer.Option("--attack", "-a", help="A name, and options: pgd,steps=100,objective=margin. Repeatable."),
-    ] = None,
+    attack: Attacks = None,
     eps: Eps = "1/255",
     norm: NormName = "linf",
     defense: Annotated[str | None, typer.Option("--defense", help="A test-time defence to judge, e.g. ttc.")] = None,
@@ -148,13 +164,10 @@ def evaluate(
     n: Count = None,
     split: Split = None,
     size: Size = None,
-    view: Annotated[
-        list[str] | None, typer.Option("--view", help="An adaptive view of the defence, repeatable; all otherwise.")
-    ] = None,
-    cumulative: Annotated[
-        bool, typer.Option("--cumulative", help="Each attack only on images that those before it left standing.")
-    ] = False,
+    view: Views = None,
+    cumulative: Cumulative = False,
     eot: Annotated[int | None, typer.Option("--eot", min=1, help="Gradient draws a step on adaptive views.")] = None,
+    adaptive: AdaptiveFlag = False,
     verdict_seeds: Annotated[int, typer.Option(min=1, help="Draws that judge a randomised defence.")] = 5,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 128,
@@ -178,21 +191,40 @@ def evaluate(
     threat = ThreatModel(norm, parse_eps(eps))  # type: ignore[arg-type]
     specs = parse_attacks(attack or ("pgd,steps=10", "apgd-ce"), threat)
     target = _device(device)
-    for flag, given in (("--option", option), ("--view", view), ("--eot", eot)):
-        if given and defense is None:
-            raise UsageError(f"{flag} is for a defence; name one with --defense, or put an attack's behind --attack.")
+    if option and defense is None:
+        raise _needs_defense("--option")
     _check_places(out, html)
     cls = None if defense is None else _kind(defense, "test-time")
     classifier, images = _load(model, data, n, seed, split, size, target)
+    for flag, given in (("--view", view), ("--eot", eot)):
+        if given and defense is None and not callable(getattr(classifier, "adaptive", None)):
+            raise _needs_defense(flag)
     chosen = None if cls is None else _construct(cls, str(defense), classifier, **_options(option))
-    settings: dict[str, Any] = {"views": view, "cumulative": cumulative}
+    settings: dict[str, Any] = {"views": view, "cumulative": cumulative, "adaptive": adaptive}
     settings |= {"eot": eot, "verdict_seeds": verdict_seeds, "seed": seed, "batch_size": batch_size}
-    with Console(stderr=True, quiet=quiet).status("loading") as status:
+    with Console(stderr=True, quiet=quiet).status("loading"):
         x, y = (tensor.to(target) for tensor in images.tensors())
-        settings |= {"defense": chosen, "name": defense or model, "ids": images.ids, "progress": status.update}
-        result = run(classifier, x, y, threat, attacks=specs, **settings)
+    settings |= {"defense": chosen, "name": defense or model, "ids": images.ids}
+    settings |= {} if quiet else {"progress": lambda text: typer.echo(text, err=True)}
+    with _watch(quiet) as watch:
+        result = run(classifier, x, y, threat, attacks=specs, watch=watch, **settings)
     summary = f"{defense or 'no defence'} on {model}, {data}, {len(x)} images."
     _publish(result, summary, {"data": data, "split": split, "size": size}, out, html)
+
+
+def _watch(quiet: bool) -> AbstractContextManager[Progress | None]:
+    """A bar for each attack on a terminal; where stderr goes to a file, only what begins is written."""
+    from contextlib import nullcontext
+
+    from clipdefense.attacks import progress_bar
+
+    if quiet:
+        return nullcontext()
+    return progress_bar() if sys.stderr.isatty() else nullcontext(lambda status: None)
+
+
+def _needs_defense(flag: str) -> UsageError:
+    return UsageError(f"{flag} is for a defence; name one with --defense, or put an attack's behind --attack.")
 
 
 def _check_places(*places: Path | None) -> None:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from clipdefense.evaluation.runner import Evaluation, Row
+from clipdefense.evaluation.results import Evaluation, Row
 from clipdefense.files import write_text
 from clipdefense.threat import format_eps
 
@@ -29,11 +29,30 @@ def percent(row: Row) -> str:
 
 
 def rows_of(evaluation: Evaluation) -> list[tuple[str, Row, bool]]:
-    """(attack, row, is the row the bottom line) in the order they are shown."""
+    """(attack, row, is the row a bottom line) in the order they are shown.
+
+    The bottom lines stand together: the worst case under transfer, under an adaptive attacker, and over everything.
+    """
     rows = [("clean", evaluation.clean, False)]
     rows += [(row.attack, row, False) for row in evaluation.rows]
-    worst = evaluation.worst_case()
-    return [*rows, (worst.attack, worst, True)]
+    bottom = (*evaluation.compared(), evaluation.worst_case())
+    return [*rows, *((row.attack, row, True) for row in bottom)]
+
+
+def attacker(evaluation: Evaluation, row: Row, bottom: bool) -> str:
+    """What the attacker had, with the caveat that goes with every robust number."""
+    bare = bottom or row is evaluation.clean or not evaluation.caveat  # a bottom line carries it in its name
+    return row.attacked if bare else f"{row.attacked} ({evaluation.caveat})"
+
+
+def notes_of(evaluations: Sequence[Evaluation]) -> list[str]:
+    """What has to be said beside the table: why a number is no more than transfer, and what was left out."""
+    notes = []
+    for evaluation in evaluations:
+        if evaluation.caveat == "transfer only":
+            notes.append(f"{evaluation.name}: transfer only; no attacker who knows the defence is among these attacks.")
+        notes += [f"{evaluation.name}: left out {reason}." for reason in evaluation.left_out]
+    return notes
 
 
 def table(evaluations: Sequence[Evaluation]) -> Table:
@@ -48,9 +67,11 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
             label = evaluation.name if index == 0 else ""
             seeds = len(row.correct)
             n = f"{evaluation.n}" + (f" x {seeds} seeds" if seeds > 1 else "")
-            cells = map(escape, (label, attack, row.attacked, n, percent(row)))
+            cells = map(escape, (label, attack, attacker(evaluation, row, bottom), n, percent(row)))
             shown.add_row(*cells, style="bold" if bottom else None)
         shown.add_section()
+    if notes := notes_of(evaluations):
+        shown.caption, shown.caption_justify = escape("\n".join(notes)), "left"
     return shown
 
 
@@ -93,6 +114,8 @@ def write_html(path: Path, page: Page) -> None:
     html = environment.get_template("report.html.j2").render(
         page=page,
         rows_of=rows_of,
+        attacker=attacker,
+        notes=notes_of(page.evaluations),
         percent=percent,
         chart=_svg(_draw_curves(page.curves)) if page.curves else "",
         picture=lambda image: _png(image),

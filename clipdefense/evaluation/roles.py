@@ -15,7 +15,7 @@ def check_roles(model: Any, threat: Any, defense: Any, views: Any, eot: Any) -> 
     if defense is not None and not isinstance(defense, TestTimeDefense):
         got = defense.__name__ if isinstance(defense, type) else repr(defense)
         raise UsageError(f"defense is {got}; an object is expected, such as get_defense('NAME')(model).")
-    if defense is None:
+    if defense is None and not callable(getattr(model, "adaptive", None)):
         for name, value in (("views", views), ("eot", eot)):
             if value is not None:
                 raise UsageError(f"{name} is {value!r}, but no defence is judged, and it is for adaptive views only.")

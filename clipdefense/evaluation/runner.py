@@ -1,7 +1,8 @@
 """One model, or one defence around it, under a list of attacks: who is attacked, what is judged, what is reported.
 
 A test-time defence is always judged twice: on images made against the undefended model (transfer, the protocol under
-which such defences are usually published) and on images made by an attacker who knows it (its adaptive views).
+which such defences are usually published) and on images made by an attacker who knows it (its adaptive views). An
+adaptive evaluation does more of the second, see :class:`clipdefense.attacks.adaptive.Adaptive`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,21 +18,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from clipdefense.attacks.adaptive import Adaptive, passes
 from clipdefense.attacks.context import check_finite, predict
 from clipdefense.attacks.engine import prepare
-from clipdefense.defenses import AttackView, TestTimeDefense, ViewModule
+from clipdefense.attacks.options import Progress, labelled
+from clipdefense.defenses import TestTimeDefense, ViewModule
 from clipdefense.errors import UsageError, unknown_name
+from clipdefense.evaluation.cost import SINGLE, estimate, watched
 from clipdefense.evaluation.fingerprint import constructed, fingerprint
+from clipdefense.evaluation.results import Evaluation, Row
 from clipdefense.evaluation.roles import check_counts, check_roles
-from clipdefense.evaluation.statistics import Interval, wilson
+from clipdefense.evaluation.targets import TRANSFER, Plan, Target, has_views, is_randomized, select, views_of
 from clipdefense.plugins import get_attack
 from clipdefense.threat import ThreatModel, parse_eps
-
-UNDEFENDED = "the model itself"
-TRANSFER = "transfer from the undefended model"
-
-Progress = Callable[[str], None]
-"""Told what begins now, such as ``"ttc: pgd on bpda-eot"``."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,14 @@ class AttackSpec:
     def __str__(self) -> str:
         return ",".join([self.name, *(f"{key}={value}" for key, value in self.options)])
 
+    def option(self, key: str, default: Any = None) -> Any:
+        """The option's value as written."""
+        return dict(self.options).get(key, default)
+
+    def takes(self, parameter: str) -> bool:
+        """Whether the attack has that keyword argument."""
+        return parameter in inspect.signature(get_attack(self.name)).parameters
+
     def bind(self, threat: ThreatModel) -> tuple[Callable[..., Tensor], ThreatModel, dict[str, Any]]:
         """The attack function, the threat model and the keyword arguments that this spec stands for.
 
@@ -87,6 +94,23 @@ class AttackSpec:
                 raise unknown_name(f"option of attack {self.name!r}", key, own | of_threat)
         return attack, replace(threat, **changed), passed
 
+    def check(self, threat: ThreatModel) -> None:
+        """Require that the attack exists, has its options, and does something.
+
+        Raises:
+            UsageError: it would return every image as it came, and its row would pass the clean accuracy off as robust.
+        """
+        _, budget, options = self.bind(threat)
+        effort = {key: options[key] for key in ("steps", "queries", "targets") if key in options}
+        if not (self.takes("steps") or self.takes("queries") or self.takes("stages")):
+            effort["steps"] = budget.steps
+        for key, value in effort.items():
+            if value == 0:
+                raise UsageError(
+                    f"attack {str(self)!r} has {key} = 0: it would change no image, and the clean accuracy would look "
+                    "robust; at least 1 is expected."
+                )
+
 
 def parse_attacks(attacks: Sequence[str | AttackSpec], threat: ThreatModel) -> list[AttackSpec]:
     """The attacks as specs, each known to exist and to have its options.
@@ -100,7 +124,7 @@ def parse_attacks(attacks: Sequence[str | AttackSpec], threat: ThreatModel) -> l
     if not specs:
         raise UsageError("attacks is empty; at least one attack is expected, such as 'pgd'.")
     for spec in specs:
-        spec.bind(threat)
+        spec.check(threat)
     return specs
 
 
@@ -113,117 +137,6 @@ def literal(text: str) -> Any:
     return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one attack did.
-
-    Attributes:
-        attack: as written, e.g. ``"pgd,steps=100"``.
-        attacked: what the attacker had gradients of.
-        correct: (verdict seeds, n) whether the defended model was still right.
-        adversarial: (n, C, H, W), only where asked for.
-    """
-
-    attack: str
-    attacked: str
-    correct: NDArray[np.bool_]
-    adversarial: Tensor | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def accuracy(self) -> float:
-        """Mean over images and verdict seeds."""
-        return float(self.correct.mean())
-
-    @property
-    def interval(self) -> Interval:
-        """95 % Wilson interval on n images."""
-        return wilson(self.accuracy, self.correct.shape[1])
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One model or defence under every attack.
-
-    Attributes:
-        name: what was judged.
-        threat: the attacker's budget.
-        clean: a :class:`Row` without an attack.
-        rows: one for each attack and thing attacked.
-        adaptive: whether an attacker who knows the defence is among them; where not, every robust number is
-            "transfer only".
-        fingerprint: what the numbers depend on.
-        ids: the images, in the order of the verdicts.
-    """
-
-    name: str
-    threat: ThreatModel
-    clean: Row
-    rows: tuple[Row, ...]
-    adaptive: bool
-    fingerprint: dict[str, Any]
-    ids: tuple[int, ...] = ()
-
-    @property
-    def n(self) -> int:
-        return self.clean.correct.shape[1]
-
-    def worst_case(self) -> Row:
-        """Right under every attack and every verdict seed, and on the clean image."""
-        every = np.concatenate([self.clean.correct, *(row.correct for row in self.rows)])
-        survived = np.asarray(every.all(axis=0))[None]
-        label = "worst case per image" if self.adaptive else "worst case per image (transfer only)"
-        return Row(label, f"{len(self.rows)} attacks", survived)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:
-        """Evaluations of the same things on disjoint images, as one.
-
-        Raises:
-            UsageError: they differ in what was judged or attacked, or share images.
-        """
-        first = parts[0]
-        ids = tuple(name for part in parts for name in part.ids)
-        same = {(part.name, part.threat, tuple((r.attack, r.attacked) for r in part.rows)) for part in parts}
-        if len(same) > 1 or len(set(ids)) < len(ids):
-            raise UsageError(
-                "the evaluations differ in what was judged or attacked, or share images; they cannot be joined."
-            )
-
-        def join(rows: Sequence[Row]) -> Row:
-            kept = [row.adversarial for row in rows if row.adversarial is not None]
-            pictures = torch.cat(kept) if len(kept) == len(rows) else None
-            return replace(rows[0], correct=np.concatenate([row.correct for row in rows], axis=1), adversarial=pictures)
-
-        rows = tuple(join(same_attack) for same_attack in zip(*(part.rows for part in parts)))
-        return replace(first, clean=join([part.clean for part in parts]), rows=rows, ids=ids)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: every number with its attack, n and interval, and the verdict of each image."""
-
-        def entry(row: Row) -> dict[str, Any]:
-            return {
-                "attack": row.attack,
-                "attacked": row.attacked,
-                "n": self.n,
-                "verdict_seeds": len(row.correct),
-                "accuracy": row.accuracy,
-                "interval_95": list(row.interval),
-                "correct": ["".join("01"[int(bit)] for bit in seed) for seed in row.correct],
-            }
-
-        return {
-            "name": self.name,
-            "norm": self.threat.norm,
-            "eps": self.threat.eps,
-            "adaptive": self.adaptive,
-            "clean": entry(self.clean),
-            "attacks": [entry(row) for row in self.rows],
-            "worst_case": entry(self.worst_case()),
-            "ids": list(self.ids),
-            "fingerprint": self.fingerprint,
-        }
-
-
 def evaluate(
     model: nn.Module,
     x: Tensor,
@@ -232,6 +145,7 @@ def evaluate(
     *,
     attacks: Sequence[str | AttackSpec] = ("pgd,steps=10", "apgd-ce"),
     defense: TestTimeDefense | None = None,
+    adaptive: bool | Adaptive = False,
     views: Sequence[str] | None = None,
     cumulative: bool = False,
     name: str = "",
@@ -241,64 +155,52 @@ def evaluate(
     ids: Tensor | None = None,
     batch_size: int = 128,
     keep_adversarial: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[str], None] | None = None,
+    watch: Progress | None = None,
 ) -> Evaluation:
     """Clean and robust accuracy of a model, or of a test-time defence around it.
 
     Args:
-        model: images in [0, 1] -> logits.
+        model: images in [0, 1] -> logits. The views of a model's own ``adaptive()`` are attacked as a defence's are.
         x: (N, C, H, W) in [0, 1]; y: (N,) integer labels.
         threat: the attacker's budget.
-        attacks: names with options, see :class:`AttackSpec`. Each runs on the model, and for a defence on each of
-            its adaptive views too.
+        attacks: names with options, see :class:`AttackSpec`; run on the model and on each adaptive view.
         defense: a test-time defence; None judges the model itself.
-        views: names of the defence's adaptive views to attack; None takes all.
+        adaptive: attack all that :class:`clipdefense.attacks.adaptive.Adaptive` (which sets the budgets) lists. A
+            `square` or a `pgd,objective=drift` among the attacks takes the place of the suite's own.
+        views: names of the adaptive views to attack; None takes all.
         cumulative: on each thing attacked, an attack gets only the images that those before it left standing, and
-            its row says what is left after all of them, as AutoAttack counts. Much shorter. An image that is wrong
-            on most draws counts as fallen, on all of them.
+            its row says what is left, as AutoAttack counts. An image wrong on most draws counts as fallen on all.
         name: for the report; the class name when empty.
         eot: gradient draws a step on adaptive views; None takes each view's own number.
         verdict_seeds: draws over which a randomised defence is judged.
         seed: of attacks and defence draws.
-        ids: (N,) image ids that key every draw; 0 .. N-1 when not given.
+        ids: (N,) distinct image ids that key every draw; 0 .. N-1 when not given.
         batch_size: images a forward.
         keep_adversarial: keep each attack's images in the rows.
-        progress: told what begins.
+        progress: told what begins, such as ``"ttc: pgd on adaptive view bpda-eot"``.
+        watch: told how far each attack is, see :func:`clipdefense.attacks.progress_bar`. With it, ``progress`` is told
+            at the start how long the attacks on a defence will take.
 
     Returns:
         An :class:`Evaluation`; images that are wrong before any attack count as not robust.
 
     Raises:
-        UsageError: bad images, labels, attacks or options, before anything runs.
+        UsageError: bad images, labels, attacks or options, before any attack runs.
     """
     check_roles(model, threat, defense, views, eot)
     check_counts(verdict_seeds=verdict_seeds, batch_size=batch_size, eot=1 if eot is None else eot)
     _, ids = prepare(model, x, y, seed, None, ids)
     specs = parse_attacks(attacks, threat)
-    title = name or type(model if defense is None else defense).__name__
-    job = _Job(model, defense, views, x, y, ids, seed, verdict_seeds, eot, batch_size, keep_adversarial)
-
-    clean = Row("none", "nothing", job.verdicts(x))
-    say = (lambda text: None) if progress is None else lambda text: progress(f"{title}: {text}")
-    rows = job.rows(specs, threat, clean, cumulative, say)
-    adaptive = defense is None or len(job.views) > 0
-    facts = fingerprint(model, **job.settings(), cumulative=cumulative, attacks=[str(spec) for spec in specs])
-    return Evaluation(title, threat, clean, tuple(rows), adaptive, facts, tuple(ids.tolist()))
+    job = _Job(model, defense, x, y, ids, threat, seed, verdict_seeds, batch_size, keep_adversarial, watch)
+    plan = job.plan(specs, adaptive, views, eot)
+    return job.run(plan, cumulative, name or type(model if defense is None else defense).__name__, progress)
 
 
 def _left(correct: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """(draws, n) verdicts with those of an image that is wrong on most draws struck out."""
     kept: NDArray[np.bool_] = correct & (correct.mean(axis=0) > 0.5)
     return kept
-
-
-def _select(views: tuple[AttackView, ...], names: Sequence[str] | None) -> tuple[AttackView, ...]:
-    """The views of these names, in their own order; all of them for None."""
-    known = [view.name for view in views]
-    for name in names or ():
-        if name not in known:
-            raise unknown_name("view", name, known)
-    return tuple(view for view in views if names is None or view.name in names)
 
 
 class _Job:
@@ -308,43 +210,89 @@ class _Job:
         self,
         model: nn.Module,
         defense: TestTimeDefense | None,
-        views: Sequence[str] | None,
         x: Tensor,
         y: Tensor,
         ids: Tensor,
+        threat: ThreatModel,
         seed: int,
         verdict_seeds: int,
-        eot: int | None,
         batch_size: int,
         keep: bool,
+        watch: Progress | None,
     ) -> None:
-        self.model, self.defense, self.x, self.y, self.ids = model, defense, x, y, ids
-        self.seed, self.eot, self.batch_size, self.keep = seed, eot, batch_size, keep
-        self.randomized = defense is not None and defense.traits.randomized
+        self.model, self.defense, self.x, self.y, self.ids, self.threat = model, defense, x, y, ids, threat
+        self.seed, self.batch_size, self.keep, self.watch = seed, batch_size, keep, watch
+        self.randomized = is_randomized(model, defense)
         self.seeds = range(seed, seed + verdict_seeds) if self.randomized else range(seed, seed + 1)
         self.judge = model if defense is None else defense.wrap(model)
-        self.views = () if defense is None else _select(defense.adaptive(model), views)
 
-    def settings(self) -> dict[str, Any]:
+    def plan(
+        self, specs: Sequence[AttackSpec], adaptive: bool | Adaptive, views: Sequence[str] | None, eot: int | None
+    ) -> Plan:
+        """What is going to be attacked.
+
+        Raises:
+            UsageError: an unknown view, or what an attack would break off over.
+        """
+        suite = (adaptive if isinstance(adaptive, Adaptive) else Adaptive()) if adaptive else None
+        if suite is not None and self.randomized and len(self.seeds) < suite.verdict_seeds:
+            raise UsageError(
+                f"verdict_seeds is {len(self.seeds)}; an adaptive evaluation judges a randomised defence over at least "
+                f"{suite.verdict_seeds}."
+            )
+        extra = parse_attacks([suite.black_box, suite.label_free], self.threat) if suite is not None else []
+        plan = Plan(
+            model=self.model,
+            judge=self.judge,
+            defense=self.defense,
+            views=select(views_of(self.model, self.defense), views),
+            randomized=self.randomized,
+            specs=tuple(specs),
+            eot=eot,
+            seed=self.seed,
+            suite=suite,
+            extra=tuple(extra),
+            same=self.same(self.x),
+            sample=self.x[:1],
+        )
+        plan.check()
+        return plan
+
+    def run(self, plan: Plan, cumulative: bool, title: str, progress: Callable[[str], None] | None) -> Evaluation:
+        """Every attack of the plan, judged."""
+        targets, left_out = plan.targets()
+        clean = Row("none", "nothing", self.verdicts(self.x), kind="clean")
+        say = (lambda text: None) if progress is None else lambda text: progress(f"{title}: {text}")
+        if self.watch is not None and (self.defense is not None or plan.views):
+            say(estimate(targets, self.judge, len(self.seeds), self.x, self.threat, self.batch_size))
+        rows = tuple(row for target in targets for row in self.rows(target, clean, cumulative, say))
+        undefended = self.defense is None and not has_views(self.model)
+        names = [str(spec) for spec in plan.specs]
+        facts = fingerprint(self.model, **self.settings(plan), cumulative=cumulative, attacks=names)
+        knows, ids = undefended or bool(plan.views), tuple(self.ids.tolist())
+        return Evaluation(title, self.threat, clean, rows, knows, facts, ids, tuple(left_out))
+
+    def same(self, x: Tensor) -> bool:
+        """Whether the deployed model is the undefended one, to the last bit on these images."""
+        if self.judge is self.model:
+            return True
+        if self.randomized:
+            return False
+        deployed, undefended = (predict(module, x, batch_size=self.batch_size) for module in (self.judge, self.model))
+        return deployed.shape == undefended.shape and torch.equal(deployed, undefended)
+
+    def settings(self, plan: Plan) -> dict[str, Any]:
         """What the verdicts depend on besides the model and the attacks."""
         return {
+            "threat": {**asdict(self.threat), "alpha": self.threat.alpha},
             "seed": self.seed,
             "batch_size": self.batch_size,
             "attacked_at": list(self.x.shape[2:]),
             "verdict_seeds": list(self.seeds),
             "defense": None if self.defense is None else constructed(self.defense),
-            "views": {view.name: view.eot if self.eot is None else self.eot for view in self.views},
+            "views": {view.name: view.eot if plan.eot is None else plan.eot for view in plan.views},
+            "adaptive": None if plan.suite is None else asdict(plan.suite),
         }
-
-    def targets(self) -> list[tuple[str, nn.Module, int]]:
-        """(label, module to attack, EOT draws)."""
-        own = UNDEFENDED if self.defense is None else TRANSFER
-        targets: list[tuple[str, nn.Module, int]] = [(own, self.model, 1)]
-        for view in self.views:
-            draws = view.eot if self.eot is None else self.eot
-            label = f"adaptive view {view.name}" + (f", {draws} EOT draws" if draws > 1 else "")
-            targets.append((label, ViewModule(view, self.model, self.seed), draws))
-        return targets
 
     def verdicts(self, x: Tensor) -> NDArray[np.bool_]:
         """(verdict seeds, N) whether the judged model is right."""
@@ -356,39 +304,47 @@ class _Job:
             correct.append((logits.argmax(dim=1) == self.y).cpu().numpy())
         return np.stack(correct)
 
-    def rows(
-        self, specs: Sequence[AttackSpec], threat: ThreatModel, clean: Row, cumulative: bool, say: Progress
-    ) -> list[Row]:
-        """Every attack on everything there is to attack."""
+    def rows(self, target: Target, clean: Row, cumulative: bool, say: Callable[[str], None]) -> list[Row]:
+        """Every attack of one target."""
         rows = []
-        for label, target, draws in self.targets():
-            standing = clean
-            for spec in specs:
-                say(f"{spec} on {label}")
-                row = self.attack(spec, threat, label, target, draws, standing)
-                if cumulative:
-                    after = f"{'+ ' if standing is not clean else ''}{row.attack}"
-                    row = standing = replace(row, attack=after, correct=_left(row.correct & standing.correct))
-                rows.append(row)
+        standing = clean
+        for spec in target.specs:
+            stage = f"{spec} on {target.label}"
+            say(stage)
+            row = self.attack(spec, target, standing, stage)
+            if cumulative:
+                after = f"{'+ ' if standing is not clean else ''}{row.attack}"
+                row = standing = replace(row, attack=after, correct=_left(row.correct & standing.correct))
+            rows.append(row)
         return rows
 
-    def attack(
-        self, spec: AttackSpec, threat: ThreatModel, label: str, target: nn.Module, draws: int, standing: Row
-    ) -> Row:
+    def attack(self, spec: AttackSpec, target: Target, standing: Row, stage: str) -> Row:
         """Attack every image that is still right on some draw, and judge the result."""
-        function, budget, options = spec.bind(threat)
+        function, budget, options = spec.bind(self.threat)
         parameters = inspect.signature(function).parameters
         common: dict[str, Any] = {"seed": self.seed, "batch_size": self.batch_size}
-        if self.defense is not None:
-            # An image that only just crossed the undefended boundary, or a view that is wrong on some draws, says
-            # little about the defence: every image goes through all steps.
-            common |= {"eot": draws, "early_stop": False}
+        if target.early_stop is not None:
+            common |= {"eot": target.draws, "early_stop": target.early_stop}
+        common |= {} if self.watch is None else {"progress": labelled(self.watch, stage)}
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         common = {k: v for k, v in common.items() if k in parameters or (open_ended and k == "batch_size")}
-        if isinstance(target, ViewModule):  # a row does not depend on which attacks came before it
-            target.numbers.seen = 0
+        for part in target.module.modules():  # a row does not depend on which attacks came before it
+            if isinstance(part, ViewModule):
+                part.numbers.seen = 0
         x_adv = self.x.clone()
         rows = torch.from_numpy(standing.correct.any(axis=0)).to(self.x.device)
         if rows.any():
-            x_adv[rows] = function(target, self.x[rows], self.y[rows], budget, ids=self.ids[rows], **(common | options))
-        return Row(str(spec), label, self.verdicts(x_adv), x_adv.cpu() if self.keep else None)
+            count = None
+            if spec.name in SINGLE and not target.early_stop and not options.get("compile"):
+                count = passes(spec.name, budget, options, classes=0)
+            each = None if count is None else count * options.get("eot", target.draws)
+            with watched(target.module, stage, int(rows.sum()), each, self.watch):
+                arguments = common | options
+                x_adv[rows] = function(
+                    target.module, self.x[rows], self.y[rows], budget, ids=self.ids[rows], **arguments
+                )
+        kept = x_adv.cpu() if self.keep else None
+        row = Row(str(spec), target.label, self.verdicts(x_adv), kept, target.kind, target.draws)
+        if target.kind == "itself" and not self.same(x_adv):  # the defence acts on attacked images only
+            row = replace(row, attacked=TRANSFER, kind="transfer")
+        return row

@@ -1,0 +1,58 @@
+"""The perturbations that broke images: one safetensors file a work unit, fp32, whole or not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clipdefense.errors import UsageError
+from clipdefense.files import write_atomically
+
+FOLDER = "adversarial"
+
+Broken = tuple[Tensor, Tensor]
+"""(k,) image ids and (k, C, H, W) perturbations."""
+
+
+def bank_file(folder: Path, cell: int, unit: int) -> Path:
+    """Where a work unit's perturbations are."""
+    return folder / FOLDER / f"cell-{cell}-unit-{unit}.safetensors"
+
+
+def write_bank(path: Path, broken: Mapping[int, Broken]) -> None:
+    """Write what broke images, by the number of the attack.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for number, (ids, delta) in broken.items():
+        tensors[f"{number}.ids"], tensors[f"{number}.delta"] = ids.contiguous(), delta.contiguous()
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # what its own writer makes of a full disk
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write)
+
+
+def read_bank(path: Path) -> dict[int, Broken]:
+    """What :func:`write_bank` wrote.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
+    try:
+        tensors = load_file(path)
+        numbers = sorted({int(name.partition(".")[0]) for name in tensors})
+        return {number: (tensors[f"{number}.ids"], tensors[f"{number}.delta"]) for number in numbers}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UsageError(
+            f"perturbations {str(path)!r} cannot be read ({error}); what they prove has to be computed again."
+        ) from error

@@ -1,0 +1,195 @@
+"""From a run's tables to objects, and what is written down about them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from clipdefense.data import ImageDataset
+from clipdefense.defenses import TestTimeDefense
+from clipdefense.errors import UsageError, check_options
+from clipdefense.evaluation.fingerprint import constructed, fingerprint, machine
+from clipdefense.evaluation.runner import AttackSpec
+from clipdefense.evaluation.targets import has_views, is_randomized, select, views_of
+from clipdefense.plugins import get_defense, load_dataset, load_model, split_spec
+from clipdefense.runs.config import NO_DEFENSE, DatasetTable, DefenseTable, RunConfig
+from clipdefense.runs.units import Cell
+from clipdefense.threat import ThreatModel
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a cell judges, ready to run."""
+
+    model: nn.Module
+    defense: TestTimeDefense | None
+    threat: ThreatModel
+    attacks: list[AttackSpec]
+    seeds: range
+    facts: Facts
+
+    @property
+    def judge(self) -> nn.Module:
+        """The model that gives verdicts."""
+        return self.model if self.defense is None else self.defense.wrap(self.model)
+
+    @property
+    def randomized(self) -> bool:
+        return is_randomized(self.model, self.defense)
+
+
+def choose_device(name: str | None, local_rank: int = 0) -> str:
+    """The device as named; where not named, the process's own GPU, or the CPU where there is none.
+
+    Raises:
+        UsageError: it cannot be used here.
+    """
+    if name is None:
+        return f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used here ({reason}); cpu always can.") from error
+    return name
+
+
+class Builder:
+    """Loads what cells name: each dataset once, and the model and defence of the latest cell."""
+
+    def __init__(self, config: RunConfig, device: str) -> None:
+        """
+        Args:
+            config: the run.
+            device: where models go.
+
+        Raises:
+            UsageError: an unknown plugin, a trainer in the place of a test-time defence, or an option that one does
+                not have.
+        """
+        self.config, self.device = config, device
+        for model in config.models:
+            split_spec("models", model.spec)
+        for defense in config.defenses:
+            _defense_class(defense)
+        self.datasets = {table.label: self._dataset(table) for table in config.datasets}
+        self.shapes = {label: _shape(dataset) for label, dataset in self.datasets.items()}
+        self._model: tuple[tuple[str, str], nn.Module] | None = None
+        self._subject: tuple[int, Subject] | None = None
+
+    def _dataset(self, table: DatasetTable) -> ImageDataset:
+        given = {"split": table.split, "size": table.size}
+        dataset = load_dataset(table.spec, **{k: v for k, v in given.items() if v is not None}, **table.options)
+        return dataset if table.n is None else dataset.sample(table.n, seed=self.config.seed)
+
+    def model(self, cell: Cell) -> nn.Module:
+        """The cell's model with its dataset's classes."""
+        key = (cell.model.label, cell.dataset.label)
+        if self._model is None or self._model[0] != key:
+            self._model = self._subject = None  # the old one's memory goes before the new one's is taken
+            classes = self.datasets[cell.dataset.label].classes
+            model = load_model(cell.model.spec, classes=classes, device=self.device, **cell.model.options)
+            self._model = key, model
+        return self._model[1]
+
+    def subject(self, cell: Cell) -> Subject:
+        """What the cell judges."""
+        if self._subject is None or self._subject[0] != cell.number:
+            model = self.model(cell)
+            defense = _construct(cell.defense, model)
+            threat = cell.threat.threat
+            attacks = self.config.attacks_of(cell.threat)
+            draws = self.config.verdict_seeds if is_randomized(model, defense) else 1
+            seeds = range(self.config.seed, self.config.seed + draws)
+            facts = self._facts(cell, model, defense, attacks)
+            self._subject = cell.number, Subject(model, defense, threat, attacks, seeds, facts)
+        return self._subject[1]
+
+    def _facts(self, cell: Cell, model: nn.Module, defense: TestTimeDefense | None, attacks: list[AttackSpec]) -> Facts:
+        views = select(views_of(model, defense), cell.defense.views)
+        facts = fingerprint(
+            model,
+            defense=None if defense is None else constructed(defense),
+            views={view.name: cell.defense.eot or view.eot for view in views},
+            attacker_knows=bool(views) or (defense is None and not has_views(model)),
+            attacks=[str(spec) for spec in attacks],
+        )
+        # of the machine only the versions: where a unit was computed is in the store, unit by unit
+        return {key: value for key, value in facts.items() if key not in ("machine", "device")}
+
+    def facts(self) -> Facts:
+        """What every part of the run has in common: the configuration, the datasets' contents, the versions."""
+        datasets = {label: _contents(self.datasets[label], self.shapes[label]) for label in self.datasets}
+        return {**self.config.facts(), "contents": datasets, "versions": machine()["versions"]}
+
+
+def _defense_class(table: DefenseTable) -> type[TestTimeDefense] | None:
+    if table.spec == NO_DEFENSE:
+        return None
+    cls = get_defense(table.spec)
+    if not (isinstance(cls, type) and issubclass(cls, TestTimeDefense)):
+        raise UsageError(
+            f"{table.spec!r} is not a test-time defence; train with it (`clipdefense train --method {table.spec}`) "
+            "and name the weights it writes under models."
+        )
+    check_options(cls.__init__, table.options, f"option of {table.spec!r}", given=1)
+    return cls
+
+
+def _construct(table: DefenseTable, model: nn.Module) -> TestTimeDefense | None:
+    cls = _defense_class(table)
+    if cls is None:
+        return None
+    make: Any = cls
+    try:
+        return cast(TestTimeDefense, make(model, **table.options))
+    except TypeError as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in table.options.items()) or "no options"
+        raise UsageError(f"defence {table.spec!r} cannot be built with {given}: {error}.") from error
+
+
+def _shape(dataset: ImageDataset) -> tuple[int, ...]:
+    """(C, H, W) of the first image that can be decoded."""
+    for index in range(len(dataset)):
+        try:
+            return tuple(dataset[index][0].shape)
+        except UsageError as error:
+            problem = error
+    raise UsageError(f"no image of data set {dataset.name!r} can be decoded; the last: {problem}") from problem
+
+
+def _sha256(values: Tensor) -> str:
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+def _contents(dataset: ImageDataset, shape: tuple[int, ...]) -> Facts:
+    return {
+        "name": dataset.name,
+        "images": len(dataset),
+        "ids_sha256": _sha256(dataset.ids),
+        "labels_sha256": _sha256(dataset.labels),
+        "classes_sha256": hashlib.sha256("\n".join(dataset.classes).encode()).hexdigest(),
+        "attacked_at": list(shape[1:]),
+        "said": {key: value for key, value in dataset.meta.items() if isinstance(value, (bool, int, float, str))},
+    }
+
+
+def difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first field in which two fingerprints differ: (its dotted path, our value, theirs); None for equal ones."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        for key in [*ours, *(key for key in theirs if key not in ours)]:
+            found = difference(ours.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
+            if found is not None:
+                return found
+        return None
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        pairs = (difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(ours, theirs)))
+        return next((found for found in pairs if found is not None), None)
+    return None if ours == theirs else (path, ours, theirs)

@@ -1,0 +1,210 @@
+"""Two runs image by image: which verdicts changed, and whether one's perturbations break the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from clipdefense.attacks.foreign import within_budget
+from clipdefense.errors import UsageError, unknown_name
+from clipdefense.runs.build import Builder, choose_device
+from clipdefense.runs.decode import Decoder
+from clipdefense.runs.judge import look
+from clipdefense.runs.results import CellResult, RunResult, read
+from clipdefense.runs.store import check_same
+from clipdefense.runs.verify import SAME_IMAGES, Pieces, banks, check_images_same, check_subject
+
+WORST = "worst case per image"
+
+
+@dataclass(frozen=True)
+class Change:
+    """The same attack in two runs, on the images that both have verdicts on.
+
+    Attributes:
+        a, b: the cells.
+        attack, attacked: the row; the worst case per image takes all rows that a run has.
+        n: images in common.
+        both, neither: right in both runs, wrong in both.
+        only_a, only_b: numbers of the images that are right in one run alone. An image is right where it is on every
+            verdict seed.
+    """
+
+    a: str
+    b: str
+    attack: str
+    attacked: str
+    n: int
+    both: int
+    neither: int
+    only_a: tuple[int, ...]
+    only_b: tuple[int, ...]
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's exact test, two-sided; 1 where nothing changed."""
+        return mcnemar(len(self.only_a), len(self.only_b))
+
+    def to_dict(self) -> dict[str, Any]:
+        counts = {"only_a": len(self.only_a), "only_b": len(self.only_b), "p_value": self.p_value}
+        return {**self.__dict__, "images_only_a": self.only_a, "images_only_b": self.only_b, **counts}
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided exact p of McNemar's test (1947) from the two discordant counts: binomial with p = 1/2."""
+    return float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """One run's perturbations tried on another's model.
+
+    Attributes:
+        a, b: the cell that made them, the cell that is attacked.
+        tried: images that A has a perturbation for and that B calls robust.
+        broken: numbers of those that one of them breaks, on any verdict seed.
+    """
+
+    a: str
+    b: str
+    tried: int
+    broken: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def compare(a: str | Path, b: str | Path, *, cell_a: str | None = None, cell_b: str | None = None) -> list[Change]:
+    """Which images changed verdict from run A to run B.
+
+    Args:
+        a, b: their folders.
+        cell_a, cell_b: cells by name, where it cannot be told which belong together.
+
+    Returns:
+        One :class:`Change` for each attack that both have, and one for the worst case, for each pair of cells.
+
+    Raises:
+        UsageError: cells that do not fit together, or different datasets (naming the field).
+    """
+    changes = []
+    for one, two in _pairs(read(a), read(b), cell_a, cell_b):
+        common, left, right = np.intersect1d(one.samples, two.samples, return_indices=True)
+        if (one.labels[left] != two.labels[right]).any():
+            raise UsageError(f"{one.cell.name!r} and {two.cell.name!r} have other labels for the same image numbers.")
+        rows = {named[:2]: number for number, named in enumerate(two.attacks)}
+        judged = [
+            (*named[:2], _standing(one, [number]), _standing(two, [rows[named[:2]]]))
+            for number, named in enumerate(one.attacks)
+            if named[:2] in rows
+        ]
+        every = [list(range(len(cell.attacks))) for cell in (one, two)]
+        judged.append((WORST, "all attacks", _standing(one, every[0]), _standing(two, every[1])))
+        for attack, attacked, ours, theirs in judged:
+            in_a, in_b = ours[left], theirs[right]
+            counts = (len(common), int((in_a & in_b).sum()), int((~in_a & ~in_b).sum()))
+            moved = (tuple(common[in_a & ~in_b].tolist()), tuple(common[in_b & ~in_a].tolist()))
+            changes.append(Change(one.cell.name, two.cell.name, attack, attacked, *counts, *moved))
+    return changes
+
+
+def _standing(cell: CellResult, numbers: Sequence[int]) -> NDArray[np.bool_]:
+    """(n,) right on the clean image and under these attacks, on every seed."""
+    right = (cell.adversarial[list(numbers)] == cell.labels).all(axis=(0, 1))
+    return np.asarray(right & (cell.clean == cell.labels).all(axis=0))
+
+
+def _pairs(a: RunResult, b: RunResult, cell_a: str | None, cell_b: str | None) -> list[tuple[CellResult, CellResult]]:
+    ours, theirs = _chosen(a, cell_a), _chosen(b, cell_b)
+    if len(ours) == len(theirs) == 1:
+        pairs = [(ours[0], theirs[0])]
+    else:
+        named = {cell.cell.name: cell for cell in theirs}
+        pairs = [(cell, named[cell.cell.name]) for cell in ours if cell.cell.name in named]
+    if not pairs:
+        raise UsageError(
+            f"no cell of {str(a.folder)!r} has the name of one of {str(b.folder)!r}; say which to compare "
+            f"with --cell-a ({', '.join(repr(cell.cell.name) for cell in ours)}) and --cell-b "
+            f"({', '.join(repr(cell.cell.name) for cell in theirs)})."
+        )
+    for one, two in pairs:
+        keys = tuple(key for key in SAME_IMAGES if key not in ("images", "ids_sha256", "labels_sha256"))
+        contents = [run.facts["contents"][cell.cell.dataset.label] for run, cell in ((a, one), (b, two))]
+        facts = [{"dataset": {key: content[key] for key in ("name", *keys)}} for content in contents]
+        check_same(facts[0], facts[1], f"the cell {one.cell.name!r} of {str(a.folder)!r}")
+        if not np.intersect1d(one.samples, two.samples).size:
+            raise UsageError(f"{one.cell.name!r} and {two.cell.name!r} have no image in common.")
+    return pairs
+
+
+def _chosen(run: RunResult, name: str | None) -> list[CellResult]:
+    names = {cell.cell.name: cell for cell in run.cells}
+    if not names:
+        raise UsageError(f"the run in {str(run.folder)!r} has no verdicts yet; let it finish a work unit first.")
+    if name is None:
+        return list(names.values())
+    if name not in names:
+        raise unknown_name(f"cell of {str(run.folder)!r}", name, names)
+    return [names[name]]
+
+
+def transfer(
+    a: str | Path,
+    b: str | Path,
+    *,
+    cell_a: str | None = None,
+    cell_b: str | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+) -> list[Transferred]:
+    """Run A's perturbations tried on run B's model: what they break there, B's own attacks have missed.
+
+    Args:
+        a: a run made with ``save_adv``; b: the run whose model (and defence) is attacked.
+        cell_a, cell_b: as :func:`compare`.
+        device: where.
+        batch_size: images a forward; B's when not given.
+
+    Raises:
+        UsageError: as :func:`compare`; A kept no perturbations; B's model is not at hand.
+    """
+    ours, theirs = read(a), read(b)
+    if not ours.config.save_adv:
+        raise UsageError(f"the run in {str(a)!r} kept no perturbations; make it again with --save-adv.")
+    pairs = _pairs(ours, theirs, cell_a, cell_b)
+    builder = Builder(theirs.config, choose_device(device))
+    check_images_same(builder, theirs)
+    size = batch_size or theirs.config.batch_size
+    return [_transfer(ours, one, two, builder, size) for one, two in pairs]
+
+
+def _transfer(ours: RunResult, one: CellResult, two: CellResult, builder: Builder, size: int) -> Transferred:
+    subject = builder.subject(two.cell)
+    check_subject(subject, two.facts, two.cell.name)
+    standing = _standing(two, range(len(two.attacks)))
+    labels = dict(zip(two.samples[standing].tolist(), two.labels[standing].tolist()))
+    tried: set[int] = set()
+    broken: set[int] = set()
+    with Decoder() as decoder:
+        pieces = Pieces(builder, two, decoder)
+        for bank in banks(ours, one):
+            for ids, delta in bank.values():
+                rows = [row for row, name in enumerate(ids.tolist()) if name in labels]
+                if not rows:
+                    continue
+                ids, x = ids[rows], pieces.images(ids[rows])
+                x_adv = x + delta[rows]
+                inside = within_budget(subject.threat, x, x_adv)
+                y = ids.new_tensor([labels[name] for name in ids.tolist()])
+                where = builder.device
+                seen = look(subject, x_adv.to(where), y.to(where), ids.to(where), subject.seeds, size)
+                fallen = (seen.predicted != y).any(dim=0) & inside
+                tried.update(ids[inside].tolist())
+                broken.update(ids[fallen].tolist())
+    return Transferred(one.cell.name, two.cell.name, len(tried), tuple(sorted(broken)))

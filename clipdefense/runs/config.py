@@ -1,0 +1,257 @@
+"""What a run is asked for: the tables of its TOML file, each key checked before anything is loaded.
+
+models = ["open_clip:ViT-B-32-quickgelu@openai"]
+defenses = ["none", {spec = "some-defence", options = {steps = 2}}]
+attacks = ["pgd,steps=10", "autoattack"]
+save_adv = true
+
+[[datasets]]
+spec = "folder:photos"
+size = 224
+
+[[threats]]
+eps = "1/255"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from clipdefense.attacks.engine import UNIT
+from clipdefense.errors import UsageError, unknown_name
+from clipdefense.evaluation.runner import AttackSpec, literal, parse_attacks
+from clipdefense.threat import ThreatModel, format_eps, parse_eps
+
+NO_DEFENSE = "none"
+"""The defence that stands for the model itself."""
+
+
+def _number(value: Any) -> Any:
+    return parse_eps(value) if isinstance(value, str) else value
+
+
+def _options(value: Any) -> Any:
+    """TOML has neither fractions nor null: text such as "4/255" or "none" means what it means on the command line."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: literal(item) if isinstance(item, str) else item for key, item in value.items()}
+
+
+def _table(value: Any) -> Any:
+    return {"spec": value} if isinstance(value, str) else value
+
+
+Radius = Annotated[float, BeforeValidator(_number)]
+Options = Annotated[dict[str, Any], BeforeValidator(_options)]
+
+
+class _Table(BaseModel):
+    """Keys as given, no others; immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Named(_Table):
+    """Something loaded by its spec.
+
+    Attributes:
+        spec: ``plugin:name``, as the command line takes it; a plain string in the place of the table is its spec.
+        name: what results call it; the spec where not given.
+        options: keyword arguments of the plugin.
+    """
+
+    spec: str = Field(min_length=1)
+    name: str = ""
+    options: Options = {}
+
+    @property
+    def label(self) -> str:
+        return self.name or self.spec
+
+
+class ModelTable(_Named):
+    """``[[models]]``."""
+
+
+class DatasetTable(_Named):
+    """``[[datasets]]``.
+
+    Attributes:
+        split, size: as the dataset plugin takes them.
+        n: images drawn evenly over the classes with the run's seed; all where not given.
+    """
+
+    split: str | None = None
+    size: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1)
+
+
+class DefenseTable(_Named):
+    """``[[defenses]]``: a test-time defence by name, or ``"none"`` for the model itself.
+
+    Attributes:
+        views: adaptive views to attack; all where not given.
+        eot: gradient draws a step on them; each view's own number where not given.
+    """
+
+    views: list[str] | None = None
+    eot: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _none_has_nothing(self) -> DefenseTable:
+        if self.spec == NO_DEFENSE and (self.options or self.views is not None or self.eot is not None):
+            raise UsageError("defence 'none' has options, views or eot; they are for a test-time defence only.")
+        return self
+
+
+def _check_attacks(attacks: list[str] | None, threat: ThreatModel) -> None:
+    if attacks is None:
+        return
+    names = [str(spec) for spec in parse_attacks(attacks, threat)]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UsageError(f"attacks has {name!r} {count} times; once is enough, a seed makes it repeat itself.")
+
+
+class ThreatTable(_Table):
+    """``[[threats]]``: the fields of :class:`clipdefense.ThreatModel`, eps as a number or as text such as "4/255".
+
+    Attributes:
+        name: what results call it; norm and radius where not given.
+        attacks: under this threat model; the run's where not given.
+    """
+
+    norm: Literal["linf", "l2"] = "linf"
+    eps: Radius
+    step_size: Annotated[float | None, BeforeValidator(_number)] = None
+    steps: int = 10
+    restarts: int = 1
+    name: str = ""
+    attacks: list[str] | None = None
+
+    @cached_property
+    def threat(self) -> ThreatModel:
+        return ThreatModel(self.norm, self.eps, self.step_size, self.steps, self.restarts)
+
+    @property
+    def label(self) -> str:
+        return self.name or f"{self.norm} {format_eps(self.eps)}"
+
+    @model_validator(mode="after")
+    def _is_a_threat(self) -> ThreatTable:
+        _check_attacks(self.attacks, self.threat)
+        return self
+
+
+class RunConfig(_Table):
+    """Everything a run's numbers depend on that can be chosen, and the batch size.
+
+    Attributes:
+        models, defenses, datasets, threats: the four tables; every combination is a cell of the run.
+        attacks: names with options, such as ``"pgd,steps=100"``.
+        seed: of images drawn, attacks and defence noise.
+        adaptive: attack a defence with all that an adaptive evaluation does, see :func:`clipdefense.evaluate`.
+        verdict_seeds: draws over which a randomised defence is judged.
+        unit: consecutive images that are decoded, attacked and committed together; 512 at most.
+        save_adv: keep the perturbation that broke each image.
+        batch_size: images a forward, halved when memory runs out; it and the device may change on a resume, and every
+            row records what it was.
+
+    Raises:
+        UsageError: from :func:`read_config`, with the key.
+    """
+
+    models: list[Annotated[ModelTable, BeforeValidator(_table)]] = Field(min_length=1)
+    datasets: list[Annotated[DatasetTable, BeforeValidator(_table)]] = Field(min_length=1)
+    defenses: list[Annotated[DefenseTable, BeforeValidator(_table)]] = Field(
+        [DefenseTable(spec=NO_DEFENSE, eot=None)], min_length=1
+    )
+    threats: list[ThreatTable] = Field([ThreatTable(eps=1 / 255)], min_length=1)
+    attacks: list[str] = Field(["pgd,steps=10", "apgd-ce"], min_length=1)
+    adaptive: bool = False
+    seed: int = Field(0, ge=0, le=2**62)
+    verdict_seeds: int = Field(5, ge=1)
+    unit: int = Field(UNIT, ge=1, le=UNIT)
+    save_adv: bool = False
+    batch_size: int = Field(128, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        for table in ("models", "defenses", "datasets", "threats"):
+            labels = Counter(row.label for row in getattr(self, table))
+            for label, count in labels.items():
+                if count > 1:
+                    raise UsageError(f"{table} has {label!r} {count} times; give each a name= of its own.")
+        for row in self.threats:
+            _check_attacks(self.attacks, row.threat)
+        return self
+
+    def attacks_of(self, row: ThreatTable) -> list[AttackSpec]:
+        """The attacks under one of the threat models."""
+        return parse_attacks(self.attacks if row.attacks is None else row.attacks, row.threat)
+
+    def facts(self) -> dict[str, Any]:
+        """What two parts of one run must have in common: every key but the batch size."""
+        return self.model_dump(mode="json", exclude={"batch_size"})
+
+
+def read_config(source: str | Path | Mapping[str, Any], **changes: Any) -> RunConfig:
+    """A run's configuration, checked.
+
+    Args:
+        source: a TOML file, or what one would hold.
+        changes: top-level keys that replace the file's; None leaves a key as it is.
+
+    Raises:
+        UsageError: no such file, not TOML, or a key that is unknown, missing or has a value that cannot be used; the
+            key is named as ``datasets[0].split``.
+    """
+    where, content = ("the run", source) if isinstance(source, Mapping) else (f"{source}", _read(Path(source)))
+    try:
+        return RunConfig.model_validate({**content, **{k: v for k, v in changes.items() if v is not None}})
+    except ValidationError as error:
+        raise _in_words(where, error) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise UsageError(f"run file {str(file)!r} {what}; a TOML file is expected (looked for {file.absolute()}).")
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"run file {str(file)!r} is not TOML ({error}).") from error
+
+
+_TABLES: dict[str, type[_Table]] = {
+    "models": ModelTable,
+    "datasets": DatasetTable,
+    "defenses": DefenseTable,
+    "threats": ThreatTable,
+}
+
+
+def _in_words(where: str, error: ValidationError) -> UsageError:
+    """The first thing wrong, as one sentence with its key."""
+    first = error.errors()[0]
+    parts = first["loc"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        table: type[BaseModel] = RunConfig if len(parts) == 1 else _TABLES[str(parts[0])]
+        return unknown_name(
+            f"{where}: key", key, [f"{key.rpartition('.')[0]}.{n}".lstrip(".") for n in table.model_fields]
+        )
+    if first["type"] == "missing":
+        return UsageError(f"{where}: key {key!r} is missing; it has no default.")
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UsageError):
+        return UsageError(f"{where}: {key + ': ' if key else ''}{cause}")
+    wanted = first["msg"].replace("Input should be", "expected is")
+    return UsageError(f"{where}: key {key!r} is {first['input']!r}; {wanted[0].lower()}{wanted[1:]}.")

@@ -1,0 +1,141 @@
+"""The loop over a run's work units: decode ahead, attack, commit; whatever ends it, the same call goes on."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from clipdefense.errors import UsageError
+from clipdefense.evaluation.fingerprint import machine
+from clipdefense.runs.bank import Broken, bank_file, write_bank
+from clipdefense.runs.build import Builder, Subject, choose_device
+from clipdefense.runs.config import RunConfig
+from clipdefense.runs.decode import Batch, Decoder
+from clipdefense.runs.judge import judge_unit
+from clipdefense.runs.results import write_summary
+from clipdefense.runs.store import Finished, Store, writing
+from clipdefense.runs.units import Job, Shard, cells, jobs
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        done, total: work units of this shard, those of earlier sessions included.
+        what: what begins now.
+    """
+
+    done: int
+    total: int
+    what: str
+
+
+def run(
+    config: RunConfig,
+    folder: str | Path,
+    *,
+    shard: Shard | None = None,
+    device: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> int:
+    """Do every work unit that this shard owns and that is not done yet.
+
+    Args:
+        config: from :func:`clipdefense.runs.config.read_config`.
+        folder: where verdicts go; a folder in which the same run was begun is gone on with.
+        shard: this process's part; under ``accelerate launch`` or ``torchrun`` that part is split over the processes.
+        device: such as ``"cuda:1"``; a GPU when there is one, each local process its own.
+        progress: told how far it is.
+
+    Returns:
+        The number of work units done now.
+
+    Raises:
+        UsageError: names or options that cannot be used, a folder of another run (naming the field that differs) or
+            on which another process works, a disk that is full: nothing that was committed is lost.
+    """
+    part = (shard or Shard()).launched()
+    builder = Builder(config, choose_device(device, int(os.environ.get("LOCAL_RANK", "0") or 0)))
+    sizes = {label: len(dataset) for label, dataset in builder.datasets.items()}
+    owned = part.owned(jobs(cells(config), sizes, config.unit))
+    folder = Path(folder)
+    with Store(folder, part, builder.facts(), machine()) as store:
+        before = store.done()
+        pending = [job for job in owned if (job.cell.number, job.unit) not in before]
+        loop = _Loop(config, builder, store, len(owned), progress or (lambda _: None))
+        loop.all(pending)
+    if part.count == 1:
+        with writing(folder):
+            write_summary(folder)
+    return len(pending)
+
+
+class _Loop:
+    def __init__(
+        self, config: RunConfig, builder: Builder, store: Store, total: int, progress: Callable[[Progress], None]
+    ) -> None:
+        self.config, self.builder, self.store, self.progress = config, builder, store, progress
+        self.total, self.bucket = total, config.batch_size
+
+    def all(self, pending: list[Job]) -> None:
+        with Decoder() as decoder:
+            labels = [job.cell.dataset.label for job in pending]
+            coming = None
+            for index, job in enumerate(pending):
+                if coming is None:
+                    coming = decoder.begin(self.builder.datasets[labels[index]], range(job.start, job.stop))
+                batch = decoder.finish(coming, self.builder.shapes[labels[index]])
+                after, coming = pending[index + 1 : index + 2], None
+                for following in after:
+                    dataset = self.builder.datasets[following.cell.dataset.label]
+                    coming = decoder.begin(dataset, range(following.start, following.stop))
+                self._one(job, batch, self.total - len(pending) + index)
+
+    def _one(self, job: Job, batch: Batch, done: int) -> None:
+        subject = self.builder.subject(job.cell)
+        self.store.enter(job.cell, subject.facts)
+        unit, broken = self._judged(job, subject, batch, lambda what: self.progress(Progress(done, self.total, what)))
+        if unit.bank:
+            with writing(self.store.folder):
+                write_bank(bank_file(self.store.folder, job.cell.number, job.unit), broken)
+        self.store.commit(job, unit)
+        self.progress(Progress(done + 1, self.total, job.cell.name))
+
+    def _judged(
+        self, job: Job, subject: Subject, batch: Batch, say: Callable[[str], None]
+    ) -> tuple[Finished, dict[int, Broken]]:
+        """The unit's outcome, at half the batch size whenever memory does not suffice."""
+        while True:
+            outcome = self._attempt(job, subject, batch, say)
+            if outcome is not None:
+                return outcome
+            # only here, where the failed attempt's tensors are gone, does emptying the cache free anything
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if self.bucket == 1:
+                raise UsageError(
+                    f"memory does not suffice for one image at a time of {job.cell.name!r}; take a smaller model or "
+                    "size, another device, or an attack with gradient_dtype=bf16."
+                )
+            self.bucket = (self.bucket + 1) // 2
+            warnings.warn(f"out of memory: going on with {self.bucket} images a forward.", stacklevel=2)
+
+    def _attempt(
+        self, job: Job, subject: Subject, batch: Batch, say: Callable[[str], None]
+    ) -> tuple[Finished, dict[int, Broken]] | None:
+        """None where memory did not suffice."""
+        try:
+            return judge_unit(job.cell, subject, batch, self.config, self.builder.device, self.bucket, say)
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+                raise
+            return None

@@ -1,0 +1,102 @@
+"""The subcommands as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from clipdefense.cli import main
+from clipdefense.runs.bank import bank_file
+
+Outcome = tuple[int, str, str]
+
+
+@pytest.fixture
+def clipdefense(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Outcome]]:
+    """The entry point: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "250")
+    show = warnings.showwarning
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["clipdefense", *map(str, arguments)])
+        with pytest.raises(SystemExit) as leave:
+            main()
+        text = capsys.readouterr()
+        return int(str(leave.value.code)), text.out, text.err
+
+    yield call
+    warnings.showwarning = show
+
+
+def test_run_verify_compare_and_merge(
+    clipdefense: Callable[..., Outcome], specs: tuple[str, str], tmp_path: Path
+) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_text(
+        f'models = ["{specs[0]}"]\ndatasets = ["{specs[1]}"]\nattacks = ["pgd"]\nunit = 16\n'
+        '[[threats]]\neps = "4/255"\nsteps = 3\n'
+    )
+    common = ("run", toml, "--device", "cpu", "--quiet", "--save-adv")
+    code, out, _ = clipdefense(*common, "--out", tmp_path / "a")
+    assert code == 0 and "pgd" in out and "3 work units now" in out
+    code, out, _ = clipdefense("verify", tmp_path / "a", "--device", "cpu", "--quiet")
+    assert code == 0 and "Not robust, proved again" in out
+    for index in range(2):
+        code, out, _ = clipdefense(*common, "--shard", f"{index}/2", "--out", tmp_path / "parts")
+        assert code == 0 and "clipdefense merge" in out
+    code, out, _ = clipdefense("merge", tmp_path / "parts", "--out", tmp_path / "merged")
+    assert code == 0 and "pgd" in out
+    result = tmp_path / "compare.json"
+    code, out, _ = clipdefense(
+        "compare", tmp_path / "a", tmp_path / "merged", "--transfer", "--device", "cpu", "--out", result
+    )
+    assert code == 0 and "McNemar p" in out and "A's perturbations break 0 of 0 images" in out
+    changes = json.loads(result.read_text())["changes"]
+    assert all(change["only_a"] == change["only_b"] == 0 and change["p_value"] == 1 for change in changes)
+    bank_file(tmp_path / "merged", 0, 0).write_bytes(bank_file(tmp_path / "a", 0, 1).read_bytes())
+    code, _, err = clipdefense("verify", tmp_path / "merged", "--device", "cpu", "--quiet")
+    assert code == 1 and err == ""
+
+
+def test_flags_alone(clipdefense: Callable[..., Outcome], specs: tuple[str, str], tmp_path: Path) -> None:
+    flags = ("--model", specs[0], "--data", specs[1], "--n", 9, "--attack", "pgd,steps=1", "--eps", "1/255")
+    noise = ("--defense", "random-noise", "--option", "eps=2/255", "--view", "eot", "--eot", 1, "--verdict-seeds", 2)
+    code, _, err = clipdefense("run", *flags, *noise, "--device", "cpu", "--quiet", "--out", tmp_path / "run")
+    assert (code, err) == (0, "")
+    (result,) = json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
+    assert result["n"] == 9 and result["fingerprint"]["defense"]["eps"] == pytest.approx(2 / 255)
+    assert {row["attacked"] for row in result["rows"]} >= {"transfer from the undefended model", "adaptive view eot"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--out", "x"], "error: the run: key 'models' is missing"),
+        (["run", "nowhere.toml", "--out", "x"], "error: run file 'nowhere.toml' does not exist"),
+        (["run", "--out", "x", "--n", "5"], "error: --n is for the data set of --data"),
+        (["run", "--out", "x", "--norm", "l2"], "error: --norm is for --eps"),
+        (["run", "--out", "x", "--eot", "5"], "error: --option, --view and --eot are for the one defence"),
+        (["run", "--out", "x", "-m", "a:b", "-d", "c:d", "--shard", "4/4"], "error: shard is 4/4"),
+        (["run", "--out", "x", "-m", "a:b", "-d", "c:d"], "error: model 'a' is unknown"),
+        (["verify", "x"], "error: 'x' holds no run"),
+        (["compare", "x", "y"], "error: 'x' holds no run"),
+        (["merge", "x", "--out", "y"], "error: 'x' holds no shard"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    clipdefense: Callable[..., Outcome],
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = clipdefense(*arguments)
+    assert (code, out) == (2, "") and err.startswith(message) and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,59 @@
+"""Merging: shards become the run that one process would have written, and nothing else is joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clipdefense.errors import UsageError
+from clipdefense.runs.config import RunConfig
+from clipdefense.runs.merge import merge
+from clipdefense.runs.results import read
+from clipdefense.runs.run import run
+from clipdefense.runs.units import Shard
+from clipdefense.runs.verify import verify
+from kills import rows
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def test_shards_of_one_folder_and_of_several(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(save_adv=True, unit=12)
+    run(config, tmp_path / "whole", device="cpu")
+    for index in range(3):
+        run(config, tmp_path / "one", shard=Shard(index, 3), device="cpu")
+        run(config, tmp_path / f"part-{index}", shard=Shard(index, 3), device="cpu")
+    with pytest.raises(UsageError, match=r"holds 3 shards.*join them with `clipdefense merge"):
+        read(tmp_path / "one")
+    merge([tmp_path / "one"], tmp_path / "from-one")
+    merge([tmp_path / f"part-{index}" for index in (2, 0, 1)], tmp_path / "from-three")
+    assert rows(tmp_path / "from-one") == rows(tmp_path / "from-three") == rows(tmp_path / "whole")
+    assert (tmp_path / "from-one" / "summary.md").read_text() == (tmp_path / "whole" / "summary.md").read_text()
+    assert all(proof.holds for proof in verify(tmp_path / "from-three", device="cpu"))
+    with pytest.raises(UsageError, match="exists already"):
+        merge([tmp_path / "one"], tmp_path / "from-one")
+
+
+def test_what_is_missing_is_said_and_can_be_done(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    run(config, tmp_path / "parts", shard=Shard(1, 2), device="cpu")
+    assert merge([tmp_path / "parts"], tmp_path / "merged").cells[0].missing == 2
+    assert "NOT FINISHED: 2 of 3 work units" in (tmp_path / "merged" / "summary.md").read_text()
+    assert run(config, tmp_path / "merged", device="cpu") == 2
+    run(config, tmp_path / "whole", device="cpu")
+    assert rows(tmp_path / "merged") == rows(tmp_path / "whole")
+
+
+def test_overlaps_and_other_runs_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    run(make_config(), tmp_path / "a", shard=Shard(0, 2), device="cpu")
+    run(make_config(), tmp_path / "b", shard=Shard(0, 3), device="cpu")
+    run(make_config(seed=1), tmp_path / "c", shard=Shard(1, 2), device="cpu")
+    with pytest.raises(UsageError, match="both did work unit 0 of cell 0; shards must not overlap"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    with pytest.raises(UsageError, match=r"^seed is 1, but the shard .* was made with 0"):
+        merge([tmp_path / "a", tmp_path / "c"], tmp_path / "out")
+    with pytest.raises(UsageError, match="holds no shard"):
+        merge([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
