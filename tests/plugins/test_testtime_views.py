@@ -30,7 +30,8 @@ VIEWS = {
     "anti-adversary": ("bpda", "smoothed", "pseudo-label"),
     "hedge": ("bpda-eot", "smoothed", "start"),
 }
-each_view = pytest.mark.parametrize(("make", "view"), [(MAKERS[d], v) for d in VIEWS for v in VIEWS[d]], ids=str)
+PAIRS = [pytest.param(MAKERS[name], view, id=f"{name}-{view}") for name in VIEWS for view in VIEWS[name]]
+each_view = pytest.mark.parametrize(("make", "view"), PAIRS)
 
 
 def view_of(defense: cd.TestTimeDefense, model: nn.Module, name: str) -> cd.AttackView:
