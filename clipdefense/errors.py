@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -55,3 +56,20 @@ def check_options(function: Callable[..., Any], options: Iterable[str], argument
     for option in options:
         if option not in known:
             raise unknown_name(argument, option, known)
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Require a whole number of at least ``least``; a bool is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name} is {value!r}; a whole number of at least {least} is expected.")
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Require a finite number in [low, high], without an end that is open."""
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not numeric or value < low or value > high or (open_low and value == low) or (open_high and value == high):
+        least = f"{'above' if open_low else 'at least'} {low:g}"
+        most = "" if math.isinf(high) else f" and {'below' if open_high else 'at most'} {high:g}"
+        raise UsageError(f"{name} is {value!r}; a number {least}{most} is expected.")

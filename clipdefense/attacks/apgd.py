@@ -14,7 +14,7 @@ from clipdefense.attacks.norms import BALLS, Ball, per_image, project
 from clipdefense.attacks.objectives import Objective, get_objective
 from clipdefense.attacks.options import attack
 from clipdefense.attacks.targets import over_targets
-from clipdefense.checks import check_number, check_whole
+from clipdefense.errors import check_number, check_whole
 from clipdefense.threat import ThreatModel
 
 

@@ -18,7 +18,7 @@ from clipdefense.attacks.norms import BALLS, l2_norm, per_image, project
 from clipdefense.attacks.objectives import targeted_margin
 from clipdefense.attacks.options import attack
 from clipdefense.attacks.targets import over_targets
-from clipdefense.checks import check_number, check_whole
+from clipdefense.errors import check_number, check_whole
 from clipdefense.threat import Norm, ThreatModel
 
 

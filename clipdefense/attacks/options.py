@@ -11,8 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from clipdefense.checks import check_whole
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_whole, unknown_name
 
 GradientDtype = Literal["fp32", "tf32", "bf16"]
 GRADIENT_DTYPES: tuple[GradientDtype, ...] = ("fp32", "tf32", "bf16")

@@ -17,7 +17,7 @@ from clipdefense.attacks import engine
 from clipdefense.attacks.norms import BALLS, l2_norm, per_image, project
 from clipdefense.attacks.objectives import Objective, get_objective
 from clipdefense.attacks.options import attack
-from clipdefense.checks import check_number, check_whole
+from clipdefense.errors import check_number, check_whole
 from clipdefense.threat import ThreatModel
 
 BLOCK = 64  # queries whose draws are made at once; the numbers are the same for any block

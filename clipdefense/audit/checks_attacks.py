@@ -132,7 +132,7 @@ def adaptive_views(exam: Exam) -> Finding:
         traits = subject.traits
         if not (traits.randomized or traits.optimizes_in_forward or traits.stateful):
             return skipped(15, "No defence is declared: the module's own gradients are what there is to attack.")
-    names = ", ".join(target.label for target in subject.targets) if subject.views else "none"
+    names = ", ".join(target.label for target in subject.targets[: subject.views]) or "none"
     measured, text = {"views": float(subject.views)}, f"{subject.views} adaptive views ({names})"
     exact = subject.exact is not None and subject.exact.parts[0] is subject.judge and not subject.traits.randomized
     if subject.views and exact:

@@ -293,7 +293,8 @@ STATISTICS = (
         "eps in 255ths",
         1,
         0.5,
-        "State eps in [0, 1] pixels, and see whether it was divided by 255 twice: no 8-bit image holds less than half a level.",
+        "State eps in [0, 1] pixels, and see whether it was divided by 255 twice: no 8-bit image holds less than half "
+        "a level.",
         low_is_bad=True,
     ),
     Statistic(

@@ -6,8 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from clipdefense.checks import check_number, check_whole
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_number, check_whole, unknown_name
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "milestones", "constant")
