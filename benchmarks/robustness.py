@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
 
 from anchors_model import Anchors, build, covered
 from clipdefense import ThreatModel, ZeroShotClassifier, evaluate, get_defense, load_dataset
 from clipdefense.data import ImageDataset
+from clipdefense.evaluation.statistics import mcnemar
 from clipdefense.files import write_json
 from clipdefense.threat import parse_eps
 from common import heading
@@ -111,12 +111,11 @@ def judge(model: ZeroShotClassifier, sets: dict[str, ImageDataset], args: argpar
     return found
 
 
-def mcnemar(ours: str, theirs: str) -> dict[str, Any]:
+def paired(ours: str, theirs: str) -> dict[str, Any]:
     """Images that one method keeps and the other loses, and the exact two-sided p of McNemar's test."""
     a, b = (np.array(list(text)) == "1" for text in (ours, theirs))
     only, other = int((a & ~b).sum()), int((~a & b).sum())
-    p = float(binomtest(only, only + other).pvalue) if only + other else 1.0
-    return {"only this": only, "only tecoa": other, "p": p}
+    return {"only this": only, "only tecoa": other, "p": mcnemar(only, other)}
 
 
 def assemble(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -128,7 +127,7 @@ def assemble(args: argparse.Namespace) -> dict[str, Any] | None:
     for row in rows.values():
         for name, by_eps in row.items():
             for eps, cell in by_eps.items():
-                cell["against tecoa"] = mcnemar(cell["standing"], rows["tecoa"][name][eps]["standing"])
+                cell["against tecoa"] = paired(cell["standing"], rows["tecoa"][name][eps]["standing"])
     options = f"--images {args.images} --epochs {args.epochs} --n {args.n} --steps {args.steps}"
     content = heading("robustness", f'python benchmarks/robustness.py --data "$CLIPDEFENSE_DATA" {options}')
     budget = BUDGET | {"images": args.images, "epochs": args.epochs, "inner attack": "PGD-2, eps 1/255, step 1/255"}

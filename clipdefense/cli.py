@@ -70,16 +70,9 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def _device(name: str | None) -> str:
-    import torch
+    from clipdefense.runs.build import choose_device
 
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name!r} cannot be used here ({reason}); cpu always can.") from error
-    return name
+    return choose_device(name, argument="--device")
 
 
 def _load(

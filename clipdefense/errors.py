@@ -70,6 +70,6 @@ def check_number(
     """Require a finite number in [low, high], without an end that is open."""
     numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not numeric or value < low or value > high or (open_low and value == low) or (open_high and value == high):
-        least = f"{'above' if open_low else 'at least'} {low:g}"
+        least = f"{'above' if open_low else 'of at least'} {low:g}"
         most = "" if math.isinf(high) else f" and {'below' if open_high else 'at most'} {high:g}"
         raise UsageError(f"{name} is {value!r}; a number {least}{most} is expected.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_whole, unknown_name
 
 Norm = Literal["linf", "l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2")
@@ -41,8 +41,7 @@ class ThreatModel:
         if self.step_size is not None:
             _check_radius("step_size", self.step_size, self.norm, minimum_open=True)
         for name, value, least in (("steps", self.steps, 0), ("restarts", self.restarts, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UsageError(f"{name} is {value!r}; a whole number of at least {least} is expected.")
+            check_whole(name, value, least)
 
     @property
     def alpha(self) -> float:

@@ -125,7 +125,7 @@ class TrainerDefense(Trainer):
             return encode(x)
         from clipdefense.training.memory import recomputed
 
-        return recomputed(self.model, encode, x)
+        return recomputed(self.model.tower, encode, x)
 
     def attack_objective(self, batch: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         """What the inner attack maximises: ``(logits, y) -> (N,)``; cross-entropy unless the method says otherwise."""

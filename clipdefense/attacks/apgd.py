@@ -34,9 +34,6 @@ class _APGD:
     """Algorithm 1, an image a row: each keeps its own iteration k, step size eta and best point."""
 
     def __init__(self, ball: Ball, eps: float, steps: int, seed: int, stream: int, alpha: float, rho: float) -> None:
-        check_whole("steps", steps, 0)
-        check_number("alpha", alpha, 0, 1, open_low=True)
-        check_number("rho", rho, 0, 1)
         self.evaluations, self.uses_gradient = steps + 1, True  # the start and every iterate
         self.ball, self.eps, self.alpha, self.rho = ball, eps, alpha, rho
         self.seed, self.stream = seed, stream
@@ -103,6 +100,12 @@ class _APGD:
         return s["best"]
 
 
+def _check(steps: int, alpha: float, rho: float) -> None:
+    check_whole("steps", steps, 0)
+    check_number("alpha", alpha, 0, 1, open_low=True)
+    check_number("rho", rho, 0, 1)
+
+
 @attack
 def apgd(
     model: nn.Module,
@@ -133,9 +136,10 @@ def apgd(
         (N, C, H, W): the iterate that broke the image, or the one of highest loss. Within eps of x and in [0, 1].
     """
     task, loss = engine.Task.of(model, x, y, threat, options), get_objective(objective)
-    method = _APGD(BALLS[threat.norm], threat.eps, steps, task.seed, 0, alpha, rho)
+    _check(steps, alpha, rho)
     if threat.eps == 0 or steps == 0:
         return task.x.clone()
+    method = _APGD(BALLS[threat.norm], threat.eps, steps, task.seed, 0, alpha, rho)
     return engine.run(task, method, loss, labels=not callable(objective)).x_adv
 
 
@@ -175,11 +179,12 @@ def apgd_t(
     """
     task, loss = engine.Task.of(model, x, y, threat, options), get_objective(objective, targeted=True)
     check_whole("targets", targets, 1)
-    methods = [_APGD(BALLS[threat.norm], threat.eps, steps, task.seed, r, alpha, rho) for r in range(targets)]
+    _check(steps, alpha, rho)
     if threat.eps == 0 or steps == 0:
         return task.x.clone()
 
     def towards(rank: int, standing: engine.Task, target: Tensor) -> engine.Outcome:
-        return engine.run(standing, methods[rank], loss, keys=(target,))
+        method = _APGD(BALLS[threat.norm], threat.eps, steps, task.seed, rank, alpha, rho)
+        return engine.run(standing, method, loss, keys=(target,))
 
     return over_targets(task, targets, towards)

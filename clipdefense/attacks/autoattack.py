@@ -82,7 +82,7 @@ def autoattack(
     judge = _Judge(task, 1 if version == "standard" else verdict_draws)
     if version == "standard":
         _refuse_randomized(task)
-    right = ~judge.wrong(task, warn=True)
+    right = ~judge.wrong(task, first=True)
     result, left = task.x.clone(), right.nonzero()[:, 0]
     for label, function, settings in plan:
         if not len(left) or threat.eps == 0:
@@ -121,15 +121,15 @@ class _Judge:
     def __init__(self, task: engine.Task, draws: int) -> None:
         self.draws, self.keyed = draws, takes_keys(task.model)
 
-    def wrong(self, task: engine.Task, warn: bool = False) -> Tensor:
+    def wrong(self, task: engine.Task, first: bool = False) -> Tensor:
         """(N,) misclassified on most of the draws."""
         count = torch.zeros(len(task.y), device=task.y.device)
         for draw in range(self.draws):
             keys = {"ids": task.ids, "seed": task.seed + draw} if self.keyed else {}
             logits = predict(task.model, task.x, batch_size=task.options.batch_size, **keys)
             check_finite(logits, task.ids)
-            check_labels(task.y, len(task.y), classes=logits.shape[1])
-            if warn and draw == 0:
+            if first and draw == 0:
+                check_labels(task.y, len(task.y), classes=logits.shape[1])
                 _warn_of_probabilities(logits)
             count += logits.argmax(dim=1) != task.y
         return count > self.draws / 2

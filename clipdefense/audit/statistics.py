@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from scipy.stats import binomtest
 from torch import Tensor
 
+from clipdefense.evaluation import statistics
+
 
 def mcnemar(more: int, fewer: int) -> float:
     """One-sided exact McNemar p: how likely so uneven a split of the discordant pairs is if neither side is ahead.
@@ -19,9 +21,7 @@ def mcnemar(more: int, fewer: int) -> float:
     Returns:
         p; 1.0 without discordant pairs.
     """
-    if more + fewer == 0:
-        return 1.0
-    return float(binomtest(more, more + fewer, 0.5, alternative="greater").pvalue)
+    return statistics.mcnemar(more, fewer, "greater")
 
 
 def least(splits: Mapping[str, tuple[int, int]]) -> tuple[str, float]:

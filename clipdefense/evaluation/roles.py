@@ -6,7 +6,7 @@ from typing import Any
 
 from clipdefense.attacks.context import check_target
 from clipdefense.defenses import TestTimeDefense
-from clipdefense.errors import UsageError
+from clipdefense.errors import UsageError, check_whole
 
 
 def check_roles(model: Any, threat: Any, defense: Any, views: Any, eot: Any) -> None:
@@ -24,5 +24,4 @@ def check_roles(model: Any, threat: Any, defense: Any, views: Any, eot: Any) -> 
 def check_counts(**counts: Any) -> None:
     """Each is a whole number of at least 1."""
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UsageError(f"{name} is {value!r}; a whole number of at least 1 is expected.")
+        check_whole(name, value, 1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 
 from clipdefense.errors import UsageError
 
@@ -43,3 +43,16 @@ def wilson(proportion: float, n: int, confidence: float = 0.95) -> Interval:
     scale = 1 + z * z / n
     # at 0 and 1 the exact end is 0 and 1; rounding may leave it a hair outside
     return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+
+
+def mcnemar(only_a: int, only_b: int, alternative: Literal["two-sided", "greater"] = "two-sided") -> float:
+    """Exact p of McNemar's test (1947) from the two discordant counts: binomial with p = 1/2.
+
+    Args:
+        only_a, only_b: images on which only the one, and only the other, is ahead.
+        alternative: ``"greater"`` asks whether the first is ahead, ``"two-sided"`` whether either is.
+
+    Returns:
+        p; 1.0 without discordant pairs.
+    """
+    return float(binomtest(only_a, only_a + only_b, 0.5, alternative=alternative).pvalue) if only_a + only_b else 1.0

@@ -45,7 +45,7 @@ class Subject:
         return is_randomized(self.model, self.defense)
 
 
-def choose_device(name: str | None, local_rank: int = 0) -> str:
+def choose_device(name: str | None, local_rank: int = 0, argument: str = "device") -> str:
     """The device as named; where not named, the process's own GPU, or the CPU where there is none.
 
     Raises:
@@ -57,7 +57,7 @@ def choose_device(name: str | None, local_rank: int = 0) -> str:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used here ({reason}); cpu always can.") from error
+        raise UsageError(f"{argument} {name!r} cannot be used here ({reason}); cpu always can.") from error
     return name
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from clipdefense.attacks.foreign import within_budget
 from clipdefense.errors import UsageError, unknown_name
+from clipdefense.evaluation.statistics import mcnemar
 from clipdefense.runs.build import Builder, choose_device
 from clipdefense.runs.decode import Decoder
 from clipdefense.runs.judge import look
@@ -54,11 +54,6 @@ class Change:
     def to_dict(self) -> dict[str, Any]:
         counts = {"only_a": len(self.only_a), "only_b": len(self.only_b), "p_value": self.p_value}
         return {**self.__dict__, "images_only_a": self.only_a, "images_only_b": self.only_b, **counts}
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided exact p of McNemar's test (1947) from the two discordant counts: binomial with p = 1/2."""
-    return float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
 
 
 @dataclass(frozen=True)

@@ -37,19 +37,19 @@ def recomputing(defense: TrainerDefense, enabled: bool) -> Iterator[None]:
         defense.low_memory = before
 
 
-def recomputed(model: nn.Module, encode: Callable[[Tensor], Any], x: Tensor) -> Any:
+def recomputed(tower: nn.Module, encode: Callable[[Tensor], Any], x: Tensor) -> Any:
     """``encode(x)`` without keeping its graph: the backward pass computes it again, one more forward.
 
     Losses over several sets of images then hold one graph at a time. Random draws and autocast are those of the first
     pass.
 
     Args:
-        model: whose statistics the second pass must leave alone.
-        encode: images -> tensors, a method of the model.
+        tower: whose statistics the second pass must leave alone.
+        encode: images -> tensors, through the tower.
         x: (N, C, H, W).
     """
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), statistics_kept(model)
+        return nullcontext(), statistics_kept(tower)
 
     return checkpoint(encode, x, use_reentrant=False, context_fn=contexts)

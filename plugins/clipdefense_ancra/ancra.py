@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from clipdefense.attacks.objectives import cross_entropy
 from clipdefense.attacks.pgd import pgd
 from clipdefense.checks import check_labels
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_number, unknown_name
 from clipdefense.randomness import normal
 from clipdefense.threat import ThreatModel
 from clipdefense.trainers import TrainerDefense
@@ -126,11 +126,11 @@ class ANCRA(TrainerDefense):
         _check_name("base", base, (*BETA, None))
         _check_name("contrast", contrast, CONTRASTS)
         _check_name("reverse_attention", reverse_attention, (*MASKS, None))
-        _check_number("alpha", alpha, 0, 1)
-        _check_number("margin", margin, -1, 1)
-        _check_number("start", start, 0, 1)
+        check_number("alpha", alpha, 0, 1)
+        check_number("margin", margin, -1, 1)
+        check_number("start", start, 0, 1)
         for option, value in (("zeta", zeta), ("beta", 0.0 if beta is None else beta), ("cr_beta", cr_beta)):
-            _check_number(option, value, 0, math.inf)
+            check_number(option, value, 0, math.inf)
         super().__init__(classifier, variant=variant, **overrides)
         self.base = base if base is not None else "trades" if variant == "released" else "tecoa"
         if beta is not None and self.base == "tecoa":
@@ -315,13 +315,6 @@ def _towards(objective: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor,
 def _check_name(option: str, value: Any, known: tuple[str | None, ...]) -> None:
     if value not in known:
         raise unknown_name(option, str(value), [name for name in known if name is not None])
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not numeric or not low <= value <= high:
-        most = "" if math.isinf(high) else f" and at most {high:g}"
-        raise UsageError(f"{name} is {value!r}; a number of at least {low:g}{most} is expected.")
 
 
 def _check_negatives(negatives: Tensor, y: Tensor) -> None:

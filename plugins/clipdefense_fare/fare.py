@@ -22,7 +22,6 @@ What the released code does and this does not:
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,7 +32,7 @@ from torch import Tensor
 from clipdefense.attacks.context import predict
 from clipdefense.attacks.forward import Embedder
 from clipdefense.attacks.pgd import pgd
-from clipdefense.errors import UsageError
+from clipdefense.errors import UsageError, check_number
 from clipdefense.threat import ThreatModel
 from clipdefense.trainers import TrainerDefense
 from clipdefense.training.config import TrainingConfig
@@ -103,9 +102,7 @@ class FARE(TrainerDefense):
             UsageError: a weight outside its range, restarts of the inner attack, or as in the base class.
         """
         super().__init__(classifier, threat=threat, config=config, variant=variant, **overrides)
-        numeric = isinstance(clean_weight, (int, float)) and not isinstance(clean_weight, bool)
-        if not numeric or not math.isfinite(clean_weight) or not 0 <= clean_weight < 1:
-            raise UsageError(f"clean_weight is {clean_weight!r}; a number of at least 0 and below 1 is expected.")
+        check_number("clean_weight", clean_weight, 0, 1, open_high=True)
         if not isinstance(trades, bool):
             raise UsageError(f"trades is {trades!r}; True or False is expected.")
         if self.threat.restarts > 1:

@@ -31,7 +31,7 @@ from clipdefense.attacks.context import full_fp32, predict
 from clipdefense.attacks.forward import Embedder
 from clipdefense.checks import check_images, check_labels
 from clipdefense.classifier import ClassHead, EmbeddingTable, ZeroShotClassifier
-from clipdefense.errors import UsageError, check_options
+from clipdefense.errors import UsageError, check_options, check_whole
 from clipdefense.evaluation.statistics import Interval
 from clipdefense.plugins import get_attack
 from clipdefense.threat import ThreatModel
@@ -130,8 +130,7 @@ def sample_episodes(
         UsageError: fewer classes than ways, a class with fewer images than an episode takes, a value out of range.
     """
     for name, value, least in (("ways", ways, 2), ("shots", shots, 0), ("queries", queries, 1), ("episodes", count, 2)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UsageError(f"{name} is {value!r}; a whole number of at least {least} is expected.")
+        check_whole(name, value, least)
     check_labels(y, len(y))
     y = y.cpu().long()
     labels, sizes = y.unique(return_counts=True)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from clipdefense.attacks.context import predict
 from clipdefense.attacks.pgd import pgd
-from clipdefense.errors import UsageError
+from clipdefense.errors import UsageError, check_number
 from clipdefense.threat import ThreatModel
 from clipdefense.trainers import TrainerDefense
 from clipdefense.training.config import TrainingConfig
@@ -122,8 +122,10 @@ class LAAT(TrainerDefense):
         """
         super().__init__(classifier, **overrides)
         usual = 1.0 if self.variant == "released" else 0.05
-        self.tau = _number("tau", usual if tau is None else tau, above=True)
-        self.smoothness = _number("smoothness", smoothness, above=False)
+        tau = usual if tau is None else tau
+        check_number("tau", tau, 0, math.inf, open_low=True)
+        check_number("smoothness", smoothness, 0, math.inf)
+        self.tau, self.smoothness = float(tau), float(smoothness)
         self.expansion, self.quantile, self.trades = bool(expansion), quantile, bool(trades)
         if not isinstance(quantile, (int, float)) or not 0 < quantile <= 1:
             raise UsageError(f"quantile is {quantile!r}; a number above 0 and at most 1 is expected.")
@@ -266,10 +268,3 @@ class _Unnamed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x)
         return logits
-
-
-def _number(name: str, value: Any, *, above: bool) -> float:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not numeric or value < 0 or (above and value == 0):
-        raise UsageError(f"{name} is {value!r}; a number {'above' if above else 'of at least'} 0 is expected.")
-    return float(value)

@@ -31,8 +31,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -40,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipdefense.attacks.objectives import cross_entropy
-from clipdefense.errors import UsageError
+from clipdefense.errors import UsageError, check_number
 from clipdefense.threat import ThreatModel
 from clipdefense.trainers import TrainerDefense
 from clipdefense.training.config import TrainingConfig
@@ -150,9 +149,7 @@ class PMGAFT(TrainerDefense):
         super().__init__(classifier, threat=threat, config=config, variant=variant, **overrides)
         self.released = variant == "released"
         for name, weight in (("alpha", alpha), ("beta", beta)):
-            numeric = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not numeric or not math.isfinite(weight) or weight < 0:
-                raise UsageError(f"{name} is {weight!r}; a number of at least 0 is expected.")
+            check_number(name, weight, 0, math.inf)
             if self.released and weight != 1:
                 raise UsageError(
                     f"{name} is {weight!r} with variant='released', whose code has no such weight (it is 1); "
@@ -164,6 +161,7 @@ class PMGAFT(TrainerDefense):
                 "which are of 3; use variant='default'."
             )
         self.alpha, self.beta = float(alpha), float(beta)
+        self._before: tuple[Tensor, Tensor] | None = None  # mean and std, while a fit runs
 
     def default_threat(self) -> ThreatModel:
         return ThreatModel("linf", eps=1 / 255, step_size=1 / 255, steps=2)
@@ -205,6 +203,7 @@ class PMGAFT(TrainerDefense):
         return logits / self.model.head.scale.to(logits) if self.released else logits
 
     def begin(self) -> None:
+        self._before = self.model.mean.clone(), self.model.std.clone()
         if self.released:
             self._set_statistics()
         if self.alpha:
@@ -223,6 +222,13 @@ class PMGAFT(TrainerDefense):
         model.mean.copy_(mean)
         model.std.copy_(std)
 
+    def end(self) -> None:
+        """The old statistics again where a fit fails with the old weights."""
+        if self._before is not None and not (self.history and self.history.steps):
+            self.model.mean.copy_(self._before[0])
+            self.model.std.copy_(self._before[1])
+        self._before = None
+
     def attack_objective(self, batch: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         """Cross-entropy of each image, on the logits that the losses see."""
         return lambda logits, y: cross_entropy(self.tempered(logits), y)
@@ -238,31 +244,6 @@ class PMGAFT(TrainerDefense):
             K = self.tempered(self.logits(batch["x"]))
             terms["clean"] = self.beta * self.kl_weight * clean_loss(A, K)
         return terms
-
-    def fit(self, x: Any, y: Any = None, validation_data: Any = None, **overrides: Any) -> None:
-        with self._statistics_of_the_weights():
-            super().fit(x, y, validation_data, **overrides)
-
-    def fit_generator(self, generator: Any, validation_data: Any = None, **overrides: Any) -> None:
-        with self._statistics_of_the_weights():
-            super().fit_generator(generator, validation_data, **overrides)
-
-    def fit_loader(self, loader: Any, validation_data: Any = None, **overrides: Any) -> None:
-        with self._statistics_of_the_weights():
-            super().fit_loader(loader, validation_data, **overrides)
-
-    @contextmanager
-    def _statistics_of_the_weights(self) -> Iterator[None]:
-        """The old statistics again where a fit fails with the old weights."""
-        mean, std = self.model.mean.clone(), self.model.std.clone()
-        try:
-            yield
-        except BaseException:
-            # where the history is of an earlier fit, this one has not begun, and nothing has changed
-            if self.history is None or not self.history.steps:
-                self.model.mean.copy_(mean)
-                self.model.std.copy_(std)
-            raise
 
 
 def _rounded(statistics: Tensor) -> tuple[float, ...]:

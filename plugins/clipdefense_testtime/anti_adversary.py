@@ -27,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clipdefense.attacks.context import attack_mode, frozen, logits_of
 from clipdefense.attacks.norms import box
 from clipdefense.defenses import AttackView, InputDefense, Traits
-from clipdefense.errors import UsageError, unknown_name
-from clipdefense_ttc.ttc import check_pixels, check_steps
+from clipdefense.errors import UsageError, check_whole, unknown_name
+from clipdefense_ttc.ttc import check_pixels
 from clipdefense_ttc.views import soft_sign, unrolled
 
 VARIANTS = ("default", "released")
@@ -88,7 +88,7 @@ class AntiAdversary(InputDefense):
         super().__init__(batch_size=batch_size)
         if variant not in VARIANTS:
             raise unknown_name("variant", variant, VARIANTS)
-        check_steps(steps)
+        check_whole("steps", steps, 0)
         self.model = classifier_of(model)
         self.variant, self.steps = variant, steps
         if variant == "released":

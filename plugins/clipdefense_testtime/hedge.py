@@ -28,8 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clipdefense.attacks.context import attack_mode, frozen, logits_of
 from clipdefense.attacks.norms import box
 from clipdefense.defenses import AttackView, InputDefense, Traits
+from clipdefense.errors import check_whole
 from clipdefense_testtime.anti_adversary import classifier_of
-from clipdefense_ttc.ttc import check_noise, check_pixels, check_steps, uniform_noise
+from clipdefense_ttc.ttc import check_noise, check_pixels, uniform_noise
 from clipdefense_ttc.views import soft_sign, unrolled
 
 
@@ -75,7 +76,7 @@ class HedgeDefense(InputDefense):
         """
         super().__init__(seed=seed, batch_size=batch_size)
         check_pixels(eps=eps, step_size=step_size)
-        check_steps(steps)
+        check_whole("steps", steps, 0)
         self.model = classifier_of(model)
         self.eps, self.step_size, self.steps = eps, step_size, steps
 

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from clipdefense.attacks.context import logits_of
 from clipdefense.checks import check_batch
 from clipdefense.defenses import AttackView, Numbers, TestTimeDefense, Traits
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_whole, unknown_name
 from clipdefense.randomness import uniform
-from clipdefense_ttc.ttc import check_steps
 
 VARIANTS = ("default", "released")
 PADDING = 8  # the padding is the side divided by this
@@ -109,7 +108,7 @@ class TTE(TestTimeDefense):
         Raises:
             UsageError: a value outside its range.
         """
-        check_steps(crops, "crops", least=1)
+        check_whole("crops", crops, 1)
         if variant not in VARIANTS:
             raise unknown_name("variant", variant, VARIANTS)
         if not isinstance(seed, int):

@@ -29,7 +29,7 @@ from clipdefense.attacks.context import attack_mode, frozen
 from clipdefense.attacks.norms import box, per_image
 from clipdefense.checks import check_images
 from clipdefense.defenses import AttackView, InputDefense, Traits
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_whole, unknown_name
 from clipdefense.randomness import uniform
 from clipdefense_ttc import views
 
@@ -94,7 +94,7 @@ class TTC(InputDefense):
         """
         super().__init__(seed=seed, batch_size=batch_size)
         check_pixels(eps=eps, step_size=step_size)
-        check_steps(steps)
+        check_whole("steps", steps, 0)
         if not (_is_number(beta) and _is_number(threshold)):
             raise UsageError(f"beta is {beta!r} and threshold {threshold!r}; finite numbers are expected.")
         if benign not in ("noise", "zero"):
@@ -252,16 +252,6 @@ def check_pixels(**sizes: Any) -> None:
         if not _is_number(value) or not 0 <= value <= 1:
             hint = f"; did you mean {value:g}/255?" if _is_number(value) and value > 1 else ""
             raise UsageError(f"{name} is {value!r}; a number in [0, 1] pixel units is expected{hint}")
-
-
-def check_steps(steps: Any, argument: str = "steps", least: int = 0) -> None:
-    """Require a whole number of at least ``least``.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < least:
-        raise UsageError(f"{argument} is {steps!r}; a whole number of at least {least} is expected.")
 
 
 def check_noise(x: Tensor, noise: Tensor, eps: float) -> Tensor:
