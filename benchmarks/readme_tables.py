@@ -1,6 +1,7 @@
-"""Write the README's tables from the committed results: ``python benchmarks/readme_tables.py``.
+"""Write all that is published of the committed results: ``python benchmarks/readme_tables.py``.
 
-Every published figure comes from a JSON file under benchmarks/results/; a test checks that the README says the same.
+That is the README's tables and its picture, and the page of figures, as benchmarks/README.md and in the documentation.
+Every published figure comes from a JSON file under benchmarks/results/; a test checks that these files say the same.
 """
 
 from __future__ import annotations
@@ -11,79 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def accuracy(entry: dict[str, Any]) -> str:
-    low, high = entry["interval_95"]
-    return f"{100 * entry['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def machine_line(content: dict[str, Any]) -> str:
-    machine = content["machine"]
-    place = machine["gpu"] or f"{machine['processor']}, {machine['threads']} thread(s)"
-    return f"`{content['command']}`, {content['date']}, commit {content['commit']}, {place}."
-
-
-def evaluations_table(content: dict[str, Any]) -> str:
-    """One block an evaluation: clean, every attack with what was attacked, the worst case."""
-    lines = ["| judged | attack | what the attacker had | n | accuracy, % [95 % Wilson] |", "|---|---|---|---:|---:|"]
-    for evaluation in content["evaluations"]:
-        rows = [("clean", evaluation["clean"])]
-        rows += [(row["attack"], row) for row in evaluation["attacks"]]
-        rows.append((f"**{evaluation['worst_case']['attack']}**", evaluation["worst_case"]))
-        for index, (attack, row) in enumerate(rows):
-            seeds = row["verdict_seeds"]
-            n = f"{row['n']}" + (f" x {seeds} draws" if seeds > 1 else "")
-            title = f"**{evaluation['name']}**" if index == 0 else ""
-            lines.append(f"| {title} | {attack} | {row['attacked']} | {n} | {accuracy(row)} |")
-    return "\n".join([*lines, "", machine_line(content)])
-
-
-def robustness_table(content: dict[str, Any]) -> str:
-    """A row a method and data set; p of McNemar's test against TeCoA, and which of the two keeps more images."""
-    cells = [cell for row in content["methods"].values() for by_eps in row.values() for cell in by_eps.values()]
-    eps = list(next(iter(content["methods"]["none"].values())))
-    head = ["fine-tuned by", "judged on", "clean, % [95 % Wilson]", *(f"standing at {e}, %" for e in eps)]
-    lines = [f"| {' | '.join([*head, f'against TeCoA at {eps[0]}'])} |", "|---|---|---:|---:|---:|---|"]
-
-    def share(cell: dict[str, Any], name: str) -> str:
-        low, high = cell[f"{name}_interval_95"]
-        return f"{100 * cell[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-    for method, row in content["methods"].items():
-        for index, (name, by_eps) in enumerate(row.items()):
-            against = by_eps[eps[0]]["against tecoa"]
-            verdict = f"+{against['only this']} -{against['only tecoa']}, p = {against['p']:.2g}"
-            robust = [share(by_eps[e], "robust") for e in eps]
-            title = f"**{method}**" if index == 0 else ""
-            comparison = "" if method == "tecoa" else verdict
-            lines.append(
-                f"| {title} | {name} | {share(by_eps[eps[0]], 'clean')} | {' | '.join(robust)} | {comparison} |"
-            )
-    under = f"After {' and '.join(cells[0]['attacks'])}, n = {cells[0]['n']} a row, one seed. "
-    return "\n".join([*lines, "", under + machine_line(content)])
-
-
-def attacks_table(content: dict[str, Any]) -> str:
-    """Verdicts and time beside torchattacks, attack by attack."""
-    figures = content["figures"]
-    lines = [
-        "| model | attack | standing here, by seed | standing in torchattacks | times faster |",
-        "|---|---|---|---|---:|",
-    ]
-    subjects = {name: rows for name, rows in figures.items() if isinstance(rows, dict) and "suite" in rows}
-    for name, rows in subjects.items():
-        title = f"**{name}**, eps {round(255 * rows['eps'])}/255, n = {rows['images']}"
-        for attack, row in ((key, value) for key, value in rows.items() if isinstance(value, dict)):
-            ours, theirs = (
-                ", ".join(map(str, row[f"robust images, {who}"])) for who in ("clipdefense", "torchattacks")
-            )
-            lines.append(f"| {title} | {attack} | {ours} | {theirs} | {row['times faster']:.1f} |")
-            title = ""
-    return "\n".join([*lines, "", machine_line(content)])
-
+from pages import RESULTS, ROOT, page
+from picture import picture
+from summaries import attacks_table, evaluations_table, robustness_table
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo", evaluations_table),
@@ -105,9 +36,22 @@ def filled(readme: str) -> str:
     return re.sub(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", block, readme, flags=re.DOTALL)
 
 
+def written() -> dict[Path, str]:
+    """Every file that is made from the results, with what it has to hold."""
+    demo = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    readme = ROOT / "README.md"
+    return {
+        readme: filled(readme.read_text(encoding="utf-8")),
+        ROOT / "benchmarks" / "README.md": page("[{0}](results/{0})"),
+        ROOT / "docs" / "benchmarks.md": page("`benchmarks/results/{0}`"),
+        ROOT / "docs" / "assets" / "demo.svg": picture(demo),
+    }
+
+
 def main() -> None:
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, content in written().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

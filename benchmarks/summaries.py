@@ -1,0 +1,104 @@
+"""Tables for the results that have one of their own: one function a benchmark, from its JSON to Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def accuracy(entry: dict[str, Any]) -> str:
+    low, high = entry["interval_95"]
+    return f"{100 * entry['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def machine_line(content: dict[str, Any]) -> str:
+    machine = content["machine"]
+    place = machine["gpu"] or f"{machine['processor']}, {machine['threads']} thread(s)"
+    return f"`{content['command']}`, {content['date']}, commit {content['commit']}, {place}."
+
+
+def evaluations_table(content: dict[str, Any]) -> str:
+    """One block an evaluation: clean, every attack with what was attacked, the worst case."""
+    lines = ["| judged | attack | what the attacker had | n | accuracy, % [95 % Wilson] |", "|---|---|---|---:|---:|"]
+    for evaluation in content["evaluations"]:
+        rows = [("clean", evaluation["clean"])]
+        rows += [(row["attack"], row) for row in evaluation["attacks"]]
+        rows.append((f"**{evaluation['worst_case']['attack']}**", evaluation["worst_case"]))
+        for index, (attack, row) in enumerate(rows):
+            seeds = row["verdict_seeds"]
+            n = f"{row['n']}" + (f" x {seeds} draws" if seeds > 1 else "")
+            title = f"**{evaluation['name']}**" if index == 0 else ""
+            lines.append(f"| {title} | {attack} | {row['attacked']} | {n} | {accuracy(row)} |")
+    return "\n".join([*lines, "", machine_line(content)])
+
+
+def robustness_table(content: dict[str, Any]) -> str:
+    """A row a method and data set; p of McNemar's test against TeCoA, and which of the two keeps more images."""
+    cells = [cell for row in content["methods"].values() for by_eps in row.values() for cell in by_eps.values()]
+    eps = list(next(iter(content["methods"]["none"].values())))
+    head = ["fine-tuned by", "judged on", "clean, % [95 % Wilson]", *(f"standing at {e}, %" for e in eps)]
+    lines = [f"| {' | '.join([*head, f'against TeCoA at {eps[0]}'])} |", "|---|---|---:|---:|---:|---|"]
+
+    def share(cell: dict[str, Any], name: str) -> str:
+        low, high = cell[f"{name}_interval_95"]
+        return f"{100 * cell[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    for method, row in content["methods"].items():
+        for index, (name, by_eps) in enumerate(row.items()):
+            against = by_eps[eps[0]]["against tecoa"]
+            verdict = f"+{against['only this']} -{against['only tecoa']}, p = {against['p']:.2g}"
+            robust = [share(by_eps[e], "robust") for e in eps]
+            title = f"**{method}**" if index == 0 else ""
+            comparison = "" if method == "tecoa" else verdict
+            lines.append(
+                f"| {title} | {name} | {share(by_eps[eps[0]], 'clean')} | {' | '.join(robust)} | {comparison} |"
+            )
+    under = f"After {' and '.join(cells[0]['attacks'])}, n = {cells[0]['n']} a row, one seed. "
+    return "\n".join([*lines, "", under + machine_line(content)])
+
+
+def attacks_table(content: dict[str, Any]) -> str:
+    """Verdicts and time beside torchattacks, attack by attack."""
+    figures = content["figures"]
+    lines = [
+        "| model | attack | standing here, by seed | standing in torchattacks | times faster |",
+        "|---|---|---|---|---:|",
+    ]
+    subjects = {name: rows for name, rows in figures.items() if isinstance(rows, dict) and "suite" in rows}
+    for name, rows in subjects.items():
+        title = f"**{name}**, eps {round(255 * rows['eps'])}/255, n = {rows['images']}"
+        for attack, row in ((key, value) for key, value in rows.items() if isinstance(value, dict)):
+            ours, theirs = (
+                ", ".join(map(str, row[f"robust images, {who}"])) for who in ("clipdefense", "torchattacks")
+            )
+            lines.append(f"| {title} | {attack} | {ours} | {theirs} | {row['times faster']:.1f} |")
+            title = ""
+    return "\n".join([*lines, "", machine_line(content)])
+
+
+def audit_table(content: dict[str, Any]) -> str:
+    """How many of the clean models pass, and what was flagged on those that do not."""
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in content["counts"].items())
+    recipes = sorted({model["recipe"] for model in content["models"]})
+    flagged = [
+        f"- {m['recipe']}, seed {m['seed']}: {', '.join(m['flagged'])}" for m in content["models"] if m["flagged"]
+    ]
+    lines = [
+        f"{counts} of {len(content['models'])} models ({', '.join(recipes)}), {content['images']} images each, "
+        f"eps {content['eps']}.",
+        *flagged,
+    ]
+    return "\n".join(lines)
+
+
+def kills_table(content: dict[str, Any]) -> str:
+    """What was killed, how often, and in how many of the cases the rows came out identical."""
+    lines = ["| what happened | times | rows identical | nothing done twice |", "|---|---:|---:|---:|"]
+    for key, what in (("random_kills", "killed at a random moment"), ("worst_kills", "killed at a worst moment")):
+        cases = content.get(key, [])
+        same, once = (sum(bool(case[field]) for case in cases) for field in ("identical", "nothing_twice"))
+        lines.append(f"| {what} | {len(cases)} | {same} | {once} |")
+    for key, what in (("shards", "done in shards, then merged"), ("full_disk", "disk full")):
+        if key in content:
+            once = str(int(content[key]["nothing_twice"])) if "nothing_twice" in content[key] else "-"
+            lines.append(f"| {what} | 1 | {int(content[key]['identical'])} | {once} |")
+    return "\n".join(lines)
