@@ -86,17 +86,25 @@ def train_projection(features: Tensor, labels: Tensor, anchors: Tensor, seed: in
     return projection
 
 
+def training_set(folder: Path, anchors: Anchors, side: int = SIDE) -> ImageDataset:
+    """Tiny-ImageNet's training images of the 95 classes whose name has an embedding."""
+    return covered(load_dataset(f"npz:{folder / 'tiny_imagenet_train10k.npz'}", size=side), anchors)
+
+
 def build(
-    folder: Path, seed: int = 0, device: str = "cpu", side: int = SIDE
+    folder: Path, seed: int = 0, device: str = "cpu", side: int = SIDE, transform: nn.Module | None = None
 ) -> tuple[ZeroShotClassifier, tuple[str, ...]]:
-    """The model, with the trained Tiny-ImageNet classes as its head, and the names it was trained on."""
+    """The model, with the trained Tiny-ImageNet classes as its head, and the names it was trained on.
+
+    ``transform`` maps class anchors, for the projection and in the head; None centres them on the whole bank.
+    """
     anchors = Anchors.read(folder)
-    data = covered(load_dataset(f"npz:{folder / 'tiny_imagenet_train10k.npz'}", size=side), anchors)
+    data = training_set(folder, anchors, side)
     backbone = trunk(folder).to(device)
     features = pooled_features(backbone, data, device=device)
     mean, std = features.mean(dim=0), features.std(dim=0) + 1e-3
-    centring = MeanCentring(anchors.bank)
-    targets = F.normalize(centring(anchors.table(data.classes)), dim=1)
+    transform = MeanCentring(anchors.bank) if transform is None else transform
+    targets = F.normalize(transform(anchors.table(data.classes)), dim=1)
     projection = train_projection((features - mean) / std, data.labels, targets, seed)
     tower = TimmTower(backbone, projection, feature_mean=mean, feature_std=std)
     model = ZeroShotClassifier(
@@ -107,7 +115,7 @@ def build(
         image_size=side,
         mean=MEAN,
         std=STD,
-        transform=centring,
+        transform=transform,
         class_encoder=anchors.table,
         source="mobilenetv2_100 + CLIP ViT-B/32 text anchors",
     )
