@@ -56,7 +56,8 @@ def check_defense(
         name: as registered, or the class itself.
         audit: judge it by :func:`clipdefense.audit` too, which takes by far the longest.
         on: (model, x, y) for the audit instead of the suite's own: an untrained model need not show the false
-            robustness that a known unsound defence has on a trained one. For a trainer, the model it trained.
+            robustness that a known unsound defence has on a trained one. For a trainer, the model it trained. A known
+            unsound defence may bring its own: a classmethod ``conformance_model() -> (model, x, y, threat)``.
         known_unsound: for a class that is not registered, why it gives false robustness.
         options: of the defence's constructor.
 

@@ -28,6 +28,7 @@ from clipdefense.conformance.sample import CLASSES, SIDE, sample
 from clipdefense.defenses import AttackView, InputDefense, TestTimeDefense, Traits
 from clipdefense.errors import UsageError
 from clipdefense.estimator import CLIPClassifier
+from clipdefense.threat import ThreatModel
 
 SAME = 1e-4
 """Differences of logits that another batch shape may make, as a share of their spread; measured in float64."""
@@ -292,9 +293,20 @@ def sound(case: Case) -> str:
     """The audit under the declared protocol."""
     from clipdefense.audit import audit
 
-    model, x, y = sample(16) if case.on is None else case.on
+    model, x, y, threat = _audited(case)
     defense: TestTimeDefense = case.build(model)
-    return verdict(case, audit(model, x, y, THREAT, defense=defense))
+    return verdict(case, audit(model, x, y, threat, defense=defense))
+
+
+def _audited(case: Case) -> tuple[nn.Module, Tensor, Tensor, ThreatModel]:
+    """What was given; else, of a known unsound defence, what its class brings; else the suite's own.
+
+    A sound defence does not choose what it is judged on.
+    """
+    if case.on is not None:
+        return (*case.on, THREAT)
+    own = getattr(case.cls, "conformance_model", None) if case.known_unsound else None
+    return (*sample(16), THREAT) if own is None else own()
 
 
 def verdict(case: Case, found: Any) -> str:

@@ -36,6 +36,7 @@ from clipdefense.attacks.objectives import cross_entropy
 from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.defenses import AttackView, TestTimeDefense, Traits
 from clipdefense.errors import UsageError, unknown_name
+from clipdefense.threat import ThreatModel
 
 POLICIES = ("ra", "plain")
 SURROGATES = ("sum", "soft", "straight-through")
@@ -242,6 +243,13 @@ class ReverseAttention(TestTimeDefense):
         check_sharpness(sharpness)
         self.head, self.centre, self.bounded, self.sharpness = head, centre, bounded, sharpness
         self._network(getattr(model, "model", model))
+
+    @classmethod
+    def conformance_model(cls) -> tuple[nn.Module, Tensor, Tensor, ThreatModel]:
+        """What :func:`clipdefense.check_defense` audits it on: an untrained network has no gradient worth hiding."""
+        from clipdefense_ancra.digits import trained_on_digits  # which trains by what this module offers
+
+        return trained_on_digits()
 
     def _network(self, model: Any) -> Any:
         if callable(getattr(model, "heads", None)):
