@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from clipdefense.evaluation import report
+from clipdefense.evaluation import charts, report
 from clipdefense.evaluation.fingerprint import fingerprint
 from clipdefense.evaluation.runner import Evaluation, Row
 from clipdefense.evaluation.statistics import wilson
@@ -186,10 +186,12 @@ def test_the_page_holds_everything_in_itself(page: str) -> None:
 def test_the_page_shows_the_rows_of_every_evaluation(page: str) -> None:
     parsed = Cells(page)
     header, *rows = parsed.rows
-    assert header[:5] == ["judged", "attack", "what the attacker had", "n", "accuracy"]
-    for shown, (*names, n, accuracy) in zip(rows, expected_rows() * 2, strict=True):
-        draws = "" if names[1].startswith("worst") else " \u00d7 2 draws"
-        assert shown[:5] == [*names, n + draws, accuracy]
+    assert header[:4] == ["attack", "what the attacker had", "n", "accuracy"]
+    assert [row for row in rows if len(row) == 1] == [["ttc & [red]"]] * 2
+    lines = [row for row in rows if len(row) > 1]
+    for shown, (_, *names, n, accuracy) in zip(lines, expected_rows() * 2, strict=True):
+        draws = "" if names[0].startswith("worst") else " \u00d7 2 draws"
+        assert shown[:4] == [*names, n + draws, accuracy]
     bars = [attributes["style"] for tag, attributes in parsed.tags if attributes.get("class") == "bar"]
     assert bars == [f"width: {6 * share:.1f}rem" for share in (0.95, 0.6, 0.25, 0.1)] * 2
 
@@ -214,12 +216,12 @@ def test_pictures_on_the_page_are_the_pictures(page: str) -> None:
 
 def test_the_curves_are_drawn_from_their_points() -> None:
     curves = [report.Curve("a", ((0.0, 1.0, 0.9, 1.0), (1 / 255, 0.5, 0.4, 0.6), (2 / 255, 0.0, 0.0, 0.1)))]
-    figure = report._draw_curves(curves)
+    figure = charts.draw_curves(curves)
     (axes,) = figure.axes
     (line,) = axes.lines
     assert np.allclose(line.get_xydata(), [[0, 100], [1 / 255, 50], [2 / 255, 0]])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1/255", "2/255"]
-    (label,) = axes.get_legend().get_texts()
+    (label,) = figure.legends[0].get_texts()
     assert label.get_text() == "a"
 
 

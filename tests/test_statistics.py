@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from clipdefense.errors import UsageError
-from clipdefense.evaluation.statistics import wilson
+from clipdefense.evaluation.statistics import macro, wilson
 
 
 @pytest.mark.parametrize(
@@ -55,3 +58,23 @@ def test_it_holds_the_proportion_and_stays_in_range(n: int, data: st.DataObject)
 def test_what_has_no_interval_is_refused(arguments: tuple[float, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         wilson(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_mean_over_data_sets_by_hand() -> None:
+    assert macro([(0.3, 50)]) == (0.3, pytest.approx(wilson(0.3, 50)))
+    first, second = wilson(0.2, 100), wilson(0.6, 40)
+    mean, (low, high) = macro([(0.2, 100), (0.6, 40)])
+    assert mean == pytest.approx(0.4)
+    assert low == pytest.approx(0.4 - math.hypot(0.2 - first.low, 0.6 - second.low) / 2)
+    assert high == pytest.approx(0.4 + math.hypot(first.high - 0.2, second.high - 0.6) / 2)
+    assert macro([(0.0, 10)] * 3)[1].low == 0 and macro([(1.0, 10)] * 3)[1].high == 1
+    with pytest.raises(UsageError, match="macro got no proportions"):
+        macro([])
+
+
+def test_a_mean_over_data_sets_covers() -> None:
+    """Of many draws with known chances, about 95 in 100 intervals hold the true mean."""
+    chances, counts = np.array([0.02, 0.4, 0.85]), np.array([60, 200, 40])
+    drawn = np.random.default_rng(0).binomial(counts, chances, size=(2000, 3)) / counts
+    inside = [low <= chances.mean() <= high for _, (low, high) in (macro(list(zip(row, counts))) for row in drawn)]
+    assert 0.93 < np.mean(inside) < 0.98

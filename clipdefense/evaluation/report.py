@@ -1,31 +1,43 @@
-"""Evaluations for people: a table in the terminal, a JSON file, one self-contained HTML page."""
+"""Evaluations for people: a table in the terminal, one self-contained HTML page."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from clipdefense.evaluation.charts import Curve, draw_curves, png, svg
 from clipdefense.evaluation.results import Evaluation, Row
 from clipdefense.files import write_text
-from clipdefense.threat import format_eps
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+WITHHELD = "withheld: INVALID"
+"""What stands in the place of a robust accuracy whose audit found that it means nothing."""
 
 
 def percent(row: Row) -> str:
     """``"43.3 [37.8, 49.0]"``: accuracy and 95 % Wilson interval."""
     low, high = row.interval
     return f"{100 * row.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def said(evaluation: Evaluation, row: Row, withheld: Mapping[str, str]) -> str:
+    """What stands in the accuracy column: the number with its interval, unless an audit withholds it.
+
+    Args:
+        evaluation: what the row belongs to.
+        row: one of :func:`rows_of`.
+        withheld: why, by the name of the evaluation.
+    """
+    return percent(row) if kept(evaluation, row, withheld) else WITHHELD
+
+
+def kept(evaluation: Evaluation, row: Row, withheld: Mapping[str, str]) -> bool:
+    """Whether a row's accuracy may be shown; the clean one always is."""
+    return row is evaluation.clean or not (evaluation.withheld or withheld.get(evaluation.name))
 
 
 def rows_of(evaluation: Evaluation) -> list[tuple[str, Row, bool]]:
@@ -51,12 +63,19 @@ def notes_of(evaluations: Sequence[Evaluation]) -> list[str]:
     for evaluation in evaluations:
         if evaluation.caveat == "transfer only":
             notes.append(f"{evaluation.name}: transfer only; no attacker who knows the defence is among these attacks.")
+        if evaluation.withheld:
+            notes.append(f"{evaluation.name}: the audit is INVALID, so no robust accuracy is given: {evaluation.withheld}")
         notes += [f"{evaluation.name}: left out {reason}." for reason in evaluation.left_out]
     return notes
 
 
-def table(evaluations: Sequence[Evaluation]) -> Table:
-    """All evaluations as one table: what, attack, what was attacked, n, accuracy with its interval."""
+def table(evaluations: Sequence[Evaluation], withheld: Mapping[str, str] | None = None) -> Table:
+    """All evaluations as one table: what, attack, what was attacked, n, accuracy with its interval.
+
+    Args:
+        evaluations: under one threat model.
+        withheld: as in :func:`said`.
+    """
     shown = Table(title=f"Accuracy in %, 95 % Wilson interval; {evaluations[0].threat}", title_justify="left")
     for column in ("judged", "attack", "what the attacker had"):
         shown.add_column(column, overflow="fold")
@@ -67,7 +86,9 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
             label = evaluation.name if index == 0 else ""
             seeds = len(row.correct)
             n = f"{evaluation.n}" + (f" x {seeds} seeds" if seeds > 1 else "")
-            cells = map(escape, (label, attack, attacker(evaluation, row, bottom), n, percent(row)))
+            cells = map(
+                escape, (label, attack, attacker(evaluation, row, bottom), n, said(evaluation, row, withheld or {}))
+            )
             shown.add_row(*cells, style="bold" if bottom else None)
         shown.add_section()
     if notes := notes_of(evaluations):
@@ -76,23 +97,63 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Accuracy against eps under one attack: points are (eps, accuracy, low, high)."""
+class Strip:
+    """Pictures of one image, each (3, H, W), float in [0, 1] or uint8, with what is said under each."""
 
-    label: str
-    points: tuple[tuple[float, float, float, float], ...]
+    pictures: tuple[tuple[str, Tensor], ...]
+    title: str = ""
 
 
 @dataclass(frozen=True)
-class Strip:
-    """Pictures of one image, each (3, H, W) in [0, 1], with what is said under each."""
+class Grid:
+    """A table of text.
 
-    pictures: tuple[tuple[str, Tensor], ...]
+    Attributes:
+        header: of the columns.
+        rows: a text for each column; a row of one text is a heading over the rows that follow.
+        numbers: columns that are set flush right.
+        strong: rows that are emphasised.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: frozenset[int] = frozenset()
+    strong: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure as :func:`clipdefense.evaluation.charts.svg` draws it, and what is said under it."""
+
+    image: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: a heading, a note, and what of the rest there is, in this order."""
+
+    title: str
+    note: str = ""
+    points: Sequence[str] = ()
+    grid: Grid | None = None
+    charts: Sequence[Chart] = ()
+    strips: Sequence[Strip] = ()
 
 
 @dataclass(frozen=True)
 class Page:
-    """What an HTML page shows besides the table."""
+    """What an HTML page shows.
+
+    Attributes:
+        title, summary: the head.
+        evaluations: rows of the main table.
+        curves, curve_caption: accuracy against eps.
+        strips, strip_caption: pictures.
+        facts: what the numbers depend on.
+        withheld: as in :func:`said`.
+        before, after: further parts, before and after the main table.
+    """
 
     title: str
     summary: Sequence[str]
@@ -101,7 +162,10 @@ class Page:
     curve_caption: str = ""
     strips: Sequence[Strip] = ()
     strip_caption: str = ""
-    facts: dict[str, str] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+    withheld: Mapping[str, str] = field(default_factory=dict)
+    before: Sequence[Section] = ()
+    after: Sequence[Section] = ()
 
 
 def write_html(path: Path, page: Page) -> None:
@@ -109,51 +173,25 @@ def write_html(path: Path, page: Page) -> None:
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     environment = Environment(
-        loader=PackageLoader("clipdefense.evaluation"), autoescape=select_autoescape(["html.j2"], default=True)
+        loader=PackageLoader("clipdefense.evaluation"),
+        autoescape=select_autoescape(["html.j2"], default=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    after = [*page.after]
+    if page.curves:
+        after.append(Section("Accuracy against eps", charts=[Chart(svg(draw_curves(page.curves)), page.curve_caption)]))
+    if page.strips:
+        after.append(Section("What it looks like", page.strip_caption, strips=page.strips))
     html = environment.get_template("report.html.j2").render(
         page=page,
+        after=after,
+        threats=list(dict.fromkeys(str(evaluation.threat) for evaluation in page.evaluations)),
         rows_of=rows_of,
         attacker=attacker,
         notes=notes_of(page.evaluations),
-        percent=percent,
-        chart=_svg(_draw_curves(page.curves)) if page.curves else "",
-        picture=lambda image: _png(image),
+        said=lambda evaluation, row: said(evaluation, row, page.withheld),
+        kept=lambda evaluation, row: kept(evaluation, row, page.withheld),
+        picture=png,
     )
     write_text(path, html)
-
-
-def _draw_curves(curves: Sequence[Curve]) -> Figure:
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for curve in curves:
-        eps, accuracy, low, high = (list(values) for values in zip(*curve.points))
-        (line,) = axes.plot(eps, [100 * value for value in accuracy], marker="o", markersize=4, label=curve.label)
-        band = ([100 * value for value in low], [100 * value for value in high])
-        axes.fill_between(eps, *band, alpha=0.15, color=line.get_color(), linewidth=0)
-    ticks = sorted({point[0] for curve in curves for point in curve.points})
-    axes.set_xticks(ticks, [format_eps(tick) for tick in ticks])
-    axes.set_xlabel("eps")
-    axes.set_ylabel("accuracy in %")
-    axes.set_ylim(-2, 102)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
-    return figure
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
-
-
-def _png(image: Tensor) -> str:
-    """A (3, H, W) picture in [0, 1] as a data URI."""
-    from PIL import Image
-
-    pixels = image.detach().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

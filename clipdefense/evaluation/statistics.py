@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from scipy.stats import binomtest, norm
@@ -43,6 +44,29 @@ def wilson(proportion: float, n: int, confidence: float = 0.95) -> Interval:
     scale = 1 + z * z / n
     # at 0 and 1 the exact end is 0 and 1; rounding may leave it a hair outside
     return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+
+
+def macro(shares: Sequence[tuple[float, int]], confidence: float = 0.95) -> tuple[float, Interval]:
+    """The mean of several independent proportions, each data set counting once, with its interval.
+
+    The interval is that of Zou and Donner (2008), which recovers variances from the Wilson limits (l_k, u_k):
+    ``mean - sqrt(sum (p_k - l_k)^2) / K`` and the same upwards. It is about other images of the same data sets, not
+    about other data sets, and for one proportion it is Wilson's.
+
+    Args:
+        shares: (proportion, n images) of each data set; at least one.
+        confidence: coverage.
+
+    Raises:
+        UsageError: no share, or one that :func:`wilson` refuses.
+    """
+    if not shares:
+        raise UsageError("macro got no proportions; at least one is expected.")
+    mean = sum(share for share, _ in shares) / len(shares)
+    limits = [(share, wilson(share, n, confidence)) for share, n in shares]
+    below = math.sqrt(sum((share - limit.low) ** 2 for share, limit in limits)) / len(shares)
+    above = math.sqrt(sum((limit.high - share) ** 2 for share, limit in limits)) / len(shares)
+    return mean, Interval(max(0.0, mean - below), min(1.0, mean + above))
 
 
 def mcnemar(only_a: int, only_b: int, alternative: Literal["two-sided", "greater"] = "two-sided") -> float:

@@ -175,7 +175,7 @@ def _contents(dataset: ImageDataset, shape: tuple[int, ...]) -> Facts:
         "images": len(dataset),
         "ids_sha256": _sha256(dataset.ids),
         "labels_sha256": _sha256(dataset.labels),
-        "classes_sha256": hashlib.sha256("\n".join(dataset.classes).encode()).hexdigest(),
+        "classes": list(dataset.classes),
         "attacked_at": list(shape[1:]),
         "said": {key: value for key, value in dataset.meta.items() if isinstance(value, (bool, int, float, str))},
     }

@@ -95,12 +95,11 @@ def compare(a: str | Path, b: str | Path, *, cell_a: str | None = None, cell_b: 
             raise UsageError(f"{one.cell.name!r} and {two.cell.name!r} have other labels for the same image numbers.")
         rows = {named[:2]: number for number, named in enumerate(two.attacks)}
         judged = [
-            (*named[:2], _standing(one, [number]), _standing(two, [rows[named[:2]]]))
+            (*named[:2], standing(one, [number]), standing(two, [rows[named[:2]]]))
             for number, named in enumerate(one.attacks)
             if named[:2] in rows
         ]
-        every = [list(range(len(cell.attacks))) for cell in (one, two)]
-        judged.append((WORST, "all attacks", _standing(one, every[0]), _standing(two, every[1])))
+        judged.append((WORST, "all attacks", standing(one, None), standing(two, None)))
         for attack, attacked, ours, theirs in judged:
             in_a, in_b = ours[left], theirs[right]
             counts = (len(common), int((in_a & in_b).sum()), int((~in_a & ~in_b).sum()))
@@ -109,10 +108,12 @@ def compare(a: str | Path, b: str | Path, *, cell_a: str | None = None, cell_b: 
     return changes
 
 
-def _standing(cell: CellResult, numbers: Sequence[int]) -> NDArray[np.bool_]:
-    """(n,) right on the clean image and under these attacks, on every seed."""
-    right = (cell.adversarial[list(numbers)] == cell.labels).all(axis=(0, 1))
-    return np.asarray(right & (cell.clean == cell.labels).all(axis=0))
+def standing(cell: CellResult, numbers: Sequence[int] | None) -> NDArray[np.bool_]:
+    """(n,) right on the clean image and under these attacks, on every seed; None takes all attacks."""
+    evaluation = cell.evaluation
+    rows = evaluation.rows if numbers is None else [evaluation.rows[number] for number in numbers]
+    right = np.concatenate([evaluation.clean.correct, *(row.correct for row in rows)])
+    return np.asarray(right.all(axis=0))
 
 
 def _pairs(a: RunResult, b: RunResult, cell_a: str | None, cell_b: str | None) -> list[tuple[CellResult, CellResult]]:
@@ -182,8 +183,8 @@ def transfer(
 def _transfer(ours: RunResult, one: CellResult, two: CellResult, builder: Builder, size: int) -> Transferred:
     subject = builder.subject(two.cell)
     check_subject(subject, two.facts, two.cell.name)
-    standing = _standing(two, range(len(two.attacks)))
-    labels = dict(zip(two.samples[standing].tolist(), two.labels[standing].tolist()))
+    robust = standing(two, None)
+    labels = dict(zip(two.samples[robust].tolist(), two.labels[robust].tolist()))
     tried: set[int] = set()
     broken: set[int] = set()
     with Decoder() as decoder:

@@ -161,8 +161,9 @@ class RunConfig(_Table):
         verdict_seeds: draws over which a randomised defence is judged.
         unit: consecutive images that are decoded, attacked and committed together; 512 at most.
         save_adv: keep the perturbation that broke each image.
-        batch_size: images a forward, halved when memory runs out; it and the device may change on a resume, and every
-            row records what it was.
+        exhibits: keep an attack's losses on a few images and pictures of them, for the page.
+        batch_size: images a forward, halved when memory runs out; it, the exhibits and the device may change on a
+            resume, and every row records what the batch size was.
 
     Raises:
         UsageError: from :func:`read_config`, with the key.
@@ -180,6 +181,7 @@ class RunConfig(_Table):
     verdict_seeds: int = Field(5, ge=1)
     unit: int = Field(UNIT, ge=1, le=UNIT)
     save_adv: bool = False
+    exhibits: bool = True
     batch_size: int = Field(128, ge=1)
 
     @model_validator(mode="after")
@@ -198,8 +200,8 @@ class RunConfig(_Table):
         return parse_attacks(self.attacks if row.attacks is None else row.attacks, row.threat)
 
     def facts(self) -> dict[str, Any]:
-        """What two parts of one run must have in common: every key but the batch size."""
-        return self.model_dump(mode="json", exclude={"batch_size"})
+        """What two parts of one run must have in common: every key that a verdict may depend on."""
+        return self.model_dump(mode="json", exclude={"batch_size", "exhibits"})
 
 
 def read_config(source: str | Path | Mapping[str, Any], **changes: Any) -> RunConfig:

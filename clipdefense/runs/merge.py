@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import clipdefense.runs.exhibits as exhibits
 from clipdefense.errors import UsageError
 from clipdefense.files import write_atomically
 from clipdefense.runs.bank import bank_file
 from clipdefense.runs.build import Facts
-from clipdefense.runs.results import RunResult, write_summary
+from clipdefense.runs.results import AUDITS, RunResult, write_summary
 from clipdefense.runs.store import SCHEMA, check_same, facts_of, reading, stores_in, writing
 from clipdefense.runs.units import Shard
 
@@ -49,6 +50,10 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> RunResult:
                 with reading(store) as connection:
                     for unit in connection.execute("SELECT cell, unit FROM units WHERE bank"):
                         _copy(bank_file(store.parent, *unit), bank_file(temporary, *unit))
+            for store in stores:
+                for kind in (exhibits.FOLDER, AUDITS):
+                    for file in sorted((store.parent / kind).glob("cell-*")):
+                        _copy(file, temporary / kind / file.name)
             write_summary(temporary)
             temporary.rename(out)
     finally:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdefense.errors import UsageError
-from clipdefense.evaluation.report import percent, rows_of
+from clipdefense.evaluation.report import WITHHELD, attacker, rows_of, said
 from clipdefense.evaluation.results import Evaluation, Kind, Row
 from clipdefense.files import write_json, write_text
 from clipdefense.runs.build import Facts
@@ -23,6 +23,9 @@ from clipdefense.runs.config import NO_DEFENSE, RunConfig
 from clipdefense.runs.store import Named, facts_of, reading, stores_in
 from clipdefense.runs.units import Cell, cells, jobs
 from clipdefense.threat import format_eps
+
+AUDITS = "audits"
+"""The folder of a run in which the audit of cell N is ``cell-N.json``."""
 
 NEAR = 1e-3
 """A verdict whose fp32 margin is smaller may differ on another device, thread count or batch size."""
@@ -46,6 +49,7 @@ class CellResult:
         units, missing: work units done and not done.
         made_on: device, threads and bucket size of the work units.
         banks: work units with a file of perturbations.
+        audit: what :meth:`clipdefense.audit.Audit.to_dict` gave for it; empty where it was not audited.
     """
 
     cell: Cell
@@ -64,6 +68,7 @@ class CellResult:
     missing: int
     made_on: tuple[tuple[str, int, int], ...]
     banks: tuple[int, ...]
+    audit: Facts
 
     @cached_property
     def evaluation(self) -> Evaluation:
@@ -77,14 +82,28 @@ class CellResult:
         return Evaluation(*what, tuple(self.samples.tolist()), self.left_out)
 
     @property
+    def withheld(self) -> str:
+        """Why an audit withholds the robust accuracies; empty where none does."""
+        return str(self.audit.get("withheld") or "")
+
+    @property
+    def why(self) -> dict[str, str]:
+        """:attr:`withheld` by name, as tables take it."""
+        return {self.cell.name: self.withheld} if self.withheld else {}
+
+    @property
     def near(self) -> int:
         """Verdicts with a margin below :data:`NEAR`."""
         return int((np.abs(self.margin) < NEAR).sum())
 
+    def given(self, row: Row) -> bool:
+        """Whether a row's accuracy may be given; the clean one always is."""
+        return row is self.evaluation.clean or not self.withheld
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: RobustBench's model-info fields, then every row with its interval."""
         evaluation = self.evaluation
-        auto = [row.accuracy for row in evaluation.rows if row.attack.partition(",")[0] == "autoattack"]
+        auto = [row.accuracy for row in evaluation.rows if row.attack.partition(",")[0].endswith("autoattack")]
         threat = evaluation.threat
         return {
             "name": self.cell.model.label if self.cell.defense.spec == NO_DEFENSE else self.cell.name,
@@ -98,8 +117,8 @@ class CellResult:
             "eps": format_eps(threat.eps),
             "clean_acc": f"{100 * evaluation.clean.accuracy:.2f}",
             "reported": None,
-            "autoattack_acc": f"{100 * min(auto):.2f}" if auto else None,
-            "unreliable": None,
+            "autoattack_acc": f"{100 * min(auto):.2f}" if auto and not self.withheld else None,
+            "unreliable": bool(self.withheld) if self.audit else None,
             "footnote": evaluation.caveat,
             "cell": self.cell.name,
             "model": self.cell.model.label,
@@ -112,12 +131,14 @@ class CellResult:
                     "attack": attack,
                     "attacked": row.attacked,
                     "verdict_seeds": len(row.correct),
-                    "accuracy": row.accuracy,
-                    "interval_95": list(row.interval),
+                    "accuracy": row.accuracy if self.given(row) else None,
+                    "interval_95": list(row.interval) if self.given(row) else None,
                     "worst_case": bottom,
                 }
                 for attack, row, bottom in rows_of(evaluation)
             ],
+            "audit": self.audit.get("verdict"),
+            "withheld": self.withheld or None,
             "left_out": list(self.left_out),
             "margins_below_0.001": self.near,
             "unrepeatable_verdicts": self.unrepeatable,
@@ -173,11 +194,23 @@ def read(folder: str | Path) -> RunResult:
         sizes = {label: content["images"] for label, content in facts["contents"].items()}
         listed = cells(config)
         units = {cell.number: len(jobs([cell], sizes, config.unit)) for cell in listed}
-        found = (_cell(connection, cell, units[cell.number]) for cell in listed)
+        found = (_cell(connection, cell, units[cell.number], folder) for cell in listed)
         return RunResult(folder, config, facts, tuple(cell for cell in found if cell is not None))
 
 
-def _cell(connection: sqlite3.Connection, cell: Cell, units: int) -> CellResult | None:
+def audit_file(folder: Path, cell: int) -> Path:
+    """Where a cell's audit is."""
+    return folder / AUDITS / f"cell-{cell}.json"
+
+
+def _audit(path: Path) -> Facts:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"audit {str(path)!r} cannot be read ({error}); delete it and audit again.") from error
+
+
+def _cell(connection: sqlite3.Connection, cell: Cell, units: int, folder: Path) -> CellResult | None:
     def ask(query: str, *more: int) -> list[Any]:
         return connection.execute(query, (cell.number, *more)).fetchall()
 
@@ -217,6 +250,7 @@ def _cell(connection: sqlite3.Connection, cell: Cell, units: int) -> CellResult 
         missing=units - len(done),
         made_on=tuple(sorted({row[:3] for row in done})),
         banks=tuple(unit for (unit,) in ask("SELECT unit FROM units WHERE cell = ? AND bank ORDER BY unit")),
+        audit=_audit(audit_file(folder, cell.number)),
     )
 
 
@@ -255,7 +289,8 @@ def _csv(result: RunResult) -> str:
         threat = cell.evaluation.threat
         what = (cell.cell.model.label, cell.cell.defense.label, cell.cell.dataset.label, threat.norm, threat.eps)
         for attack, row, _ in rows_of(cell.evaluation):
-            counts = (cell.evaluation.n, len(row.correct), row.accuracy, *row.interval, len(cell.corrupt))
+            number = (row.accuracy, *row.interval) if cell.given(row) else (WITHHELD, "", "")
+            counts = (cell.evaluation.n, len(row.correct), *number, len(cell.corrupt))
             writer.writerow((*what, attack, row.attacked, *counts))
     return text.getvalue()
 
@@ -273,7 +308,8 @@ def markdown(result: RunResult) -> str:
             "|---|---|---|",
         ]
         for attack, row, bottom in rows_of(cell.evaluation):
-            cells_of_row = [part.replace("|", "\\|") for part in (attack, row.attacked, percent(row))]
+            texts = (attack, attacker(cell.evaluation, row, bottom), said(cell.evaluation, row, cell.why))
+            cells_of_row = [part.replace("|", "\\|") for part in texts]
             lines.append("| " + " | ".join(f"**{part}**" if bottom else part for part in cells_of_row) + " |")
         parts.append("\n".join([*lines, "", *(f"- {note}" for note in notes(cell))]).rstrip() + "\n")
     return "\n".join(parts)
@@ -281,18 +317,24 @@ def markdown(result: RunResult) -> str:
 
 def notes(cell: CellResult) -> list[str]:
     """What a reader of the numbers has to know besides them."""
-    said = []
+    found = []
+    if cell.withheld:
+        found.append(f"The audit is INVALID, so no robust accuracy is given: {cell.withheld}")
+    elif cell.audit:
+        found.append(f"Audit: {cell.audit.get('verdict')}.")
     if cell.missing:
-        said.append(f"NOT FINISHED: {cell.missing} of {cell.units + cell.missing} work units are missing.")
+        found.append(f"NOT FINISHED: {cell.missing} of {cell.units + cell.missing} work units are missing.")
     if cell.corrupt:
-        said.append(f"{len(cell.corrupt)} images could not be decoded and are in no count (listed in summary.json).")
+        found.append(f"{len(cell.corrupt)} images could not be decoded and are in no count (listed in summary.json).")
     if cell.near:
-        said.append(f"{cell.near} verdicts have a margin below {NEAR:g}: another machine may call them otherwise.")
+        found.append(f"{cell.near} verdicts have a margin below {NEAR:g}: another machine may call them otherwise.")
     if cell.unrepeatable:
-        said.append(f"{cell.unrepeatable} verdicts CHANGED when the model was asked again: it is not what it declares.")
+        found.append(
+            f"{cell.unrepeatable} verdicts CHANGED when the model was asked again: it is not what it declares."
+        )
     if len(cell.made_on) > 1:
         places = "; ".join(
             f"{device}, {threads} threads, {bucket} a forward" for device, threads, bucket in cell.made_on
         )
-        said.append(f"Computed in several ways ({places}).")
-    return said
+        found.append(f"Computed in several ways ({places}).")
+    return found

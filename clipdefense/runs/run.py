@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+import clipdefense.runs.exhibits as exhibits
 from clipdefense.errors import UsageError
 from clipdefense.evaluation.fingerprint import machine
 from clipdefense.runs.bank import Broken, bank_file, write_bank
@@ -102,12 +103,30 @@ class _Loop:
     def _one(self, job: Job, batch: Batch, done: int) -> None:
         subject = self.builder.subject(job.cell)
         self.store.enter(job.cell, subject.facts)
+        if job.unit == 0 and self.config.exhibits and len(batch.x):
+            self._exhibit(job, subject, batch)
         unit, broken = self._judged(job, subject, batch, lambda what: self.progress(Progress(done, self.total, what)))
         if unit.bank:
             with writing(self.store.folder):
                 write_bank(bank_file(self.store.folder, job.cell.number, job.unit), broken)
         self.store.commit(job, unit)
         self.progress(Progress(done + 1, self.total, job.cell.name))
+
+    def _exhibit(self, job: Job, subject: Subject, batch: Batch) -> None:
+        """Losses and pictures of the cell's first images, for the page."""
+        path = exhibits.exhibit_file(self.store.folder, job.cell.number)
+        if path.exists():
+            return
+        first = slice(exhibits.LOOKED_AT)
+        x, y, ids = (part[first].to(self.builder.device) for part in (batch.x, batch.y, batch.ids))
+        try:
+            made = exhibits.make(job.cell, subject, x, y, ids, self.bucket)
+        except (RuntimeError, UsageError) as error:  # the page is without them; the verdicts are what matters
+            warnings.warn(f"no loss curves or pictures of {job.cell.name!r}: {error}", stacklevel=2)
+            return
+        if made is not None:
+            with writing(self.store.folder):
+                exhibits.write(path, made)
 
     def _judged(
         self, job: Job, subject: Subject, batch: Batch, say: Callable[[str], None]

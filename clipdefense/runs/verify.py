@@ -25,7 +25,7 @@ from clipdefense.runs.store import check_same, writing
 
 # What a verdict depends on wherever it is looked at; paths, versions and the machine may be others.
 SAME_MODEL = ("weights_sha256", "class_names_sha256", "image_size", "mean", "std", "dtype", "defense")
-SAME_IMAGES = ("images", "ids_sha256", "labels_sha256", "classes_sha256", "attacked_at")
+SAME_IMAGES = ("images", "ids_sha256", "labels_sha256", "classes", "attacked_at")
 
 
 @dataclass
