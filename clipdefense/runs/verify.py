@@ -203,7 +203,7 @@ class _Verifier:
                     self._check(proofs[number], pieces.images(ids), ids, delta, claimed[number])
                     waiting[number, [self.place[int(i)] for i in ids]] = False
             # what is left fell without a perturbation: the clean image itself is the proof
-            for number in range(len(proofs)):
+            for number in waiting.any(axis=1).nonzero()[0]:
                 for ids in torch.from_numpy(self.cell.samples[waiting[number]]).split(self.result.config.unit):
                     x = pieces.images(ids)
                     self._check(proofs[number], x, ids, torch.zeros_like(x), claimed[number])
