@@ -44,6 +44,7 @@ Views = Annotated[
 Cumulative = Annotated[
     bool, typer.Option("--cumulative", help="Each attack only on images that those before it left standing.")
 ]
+AuditFlag = Annotated[bool, typer.Option("--audit", help="Audit it too; INVALID withholds the robust accuracies.")]
 AdaptiveFlag = Annotated[
     bool,
     typer.Option(
@@ -161,6 +162,7 @@ def evaluate(
     cumulative: Cumulative = False,
     eot: Annotated[int | None, typer.Option("--eot", min=1, help="Gradient draws a step on adaptive views.")] = None,
     adaptive: AdaptiveFlag = False,
+    audit: AuditFlag = False,
     verdict_seeds: Annotated[int, typer.Option(min=1, help="Draws that judge a randomised defence.")] = 5,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 128,
@@ -177,6 +179,7 @@ def evaluate(
     """
     from rich.console import Console
 
+    from clipdefense.commands.audit import examine
     from clipdefense.evaluation import evaluate as run
     from clipdefense.evaluation.runner import parse_attacks
     from clipdefense.threat import ThreatModel, parse_eps
@@ -189,20 +192,26 @@ def evaluate(
     _check_places(out, html)
     cls = None if defense is None else _kind(defense, "test-time")
     classifier, images = _load(model, data, n, seed, split, size, target)
-    for flag, given in (("--view", view), ("--eot", eot)):
-        if given and defense is None and not callable(getattr(classifier, "adaptive", None)):
-            raise _needs_defense(flag)
+    if defense is None and not callable(getattr(classifier, "adaptive", None)):
+        _only_with_a_defense(view=view, eot=eot)
     chosen = None if cls is None else _construct(cls, str(defense), classifier, **_options(option))
-    settings: dict[str, Any] = {"views": view, "cumulative": cumulative, "adaptive": adaptive}
-    settings |= {"eot": eot, "verdict_seeds": verdict_seeds, "seed": seed, "batch_size": batch_size}
     with Console(stderr=True, quiet=quiet).status("loading"):
         x, y = (tensor.to(target) for tensor in images.tensors())
-    settings |= {"defense": chosen, "name": defense or model, "ids": images.ids}
+    settings: dict[str, Any] = {"views": view, "cumulative": cumulative, "adaptive": adaptive, "eot": eot}
+    settings |= {"verdict_seeds": verdict_seeds, "seed": seed, "batch_size": batch_size, "ids": images.ids}
+    settings |= {"defense": chosen, "name": defense or model}
     settings |= {} if quiet else {"progress": lambda text: typer.echo(text, err=True)}
     with _watch(quiet) as watch:
         result = run(classifier, x, y, threat, attacks=specs, watch=watch, **settings)
-    summary = f"{defense or 'no defence'} on {model}, {data}, {len(x)} images."
-    _publish(result, summary, {"data": data, "split": split, "size": size}, out, html)
+    if audit:
+        result = result.audited(examine(classifier, x, y, threat, chosen, seed, quiet))
+    _publish(
+        result,
+        f"{defense or 'no defence'} on {model}, {data}, {len(x)} images.",
+        {"data": data, "split": split, "size": size},
+        out,
+        html,
+    )
 
 
 def _watch(quiet: bool) -> AbstractContextManager[Progress | None]:
@@ -214,6 +223,12 @@ def _watch(quiet: bool) -> AbstractContextManager[Progress | None]:
     if quiet:
         return nullcontext()
     return progress_bar() if sys.stderr.isatty() else nullcontext(lambda status: None)
+
+
+def _only_with_a_defense(**given: Any) -> None:
+    for flag, value in given.items():
+        if value:
+            raise _needs_defense(f"--{flag}")
 
 
 def _needs_defense(flag: str) -> UsageError:

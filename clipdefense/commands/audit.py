@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clipdefense.cli import Data, Device, Eps, Model, NormName, Options, Quiet, Seed, Size, Split
+
+if TYPE_CHECKING:
+    from clipdefense.audit import Audit
 
 
 def audit(
@@ -39,7 +42,6 @@ def audit(
 
     from clipdefense import cli
     from clipdefense.audit import Floor, Verdict, show
-    from clipdefense.audit import audit as run
     from clipdefense.errors import UsageError
     from clipdefense.files import write_json
     from clipdefense.threat import ThreatModel, parse_eps
@@ -53,9 +55,9 @@ def audit(
     cls = None if defense is None else cli._kind(defense, "test-time")
     classifier, images = cli._load(model, data, n, seed, split, size, target)
     chosen = None if cls is None else cli._construct(cls, str(defense), classifier, **cli._options(option))
-    with Console(stderr=True, quiet=quiet).status("loading") as status:
+    with Console(stderr=True, quiet=quiet).status("loading"):
         x, y = (tensor.to(target) for tensor in images.tensors())
-        result = run(classifier, x, y, threat, defense=chosen, seed=seed, progress=status.update)
+    result = examine(classifier, x, y, threat, chosen, seed, quiet)
     console = Console()
     missed = [text for text in (floor.missed(result) for floor in floors) if text]
     show(console, result, missed)
@@ -64,3 +66,13 @@ def audit(
         write_json(out, {**of, **result.to_dict(), "missed": missed})
     if missed or result.verdict is Verdict.INVALID:
         raise typer.Exit(1)
+
+
+def examine(model: Any, x: Any, y: Any, threat: Any, defense: Any, seed: int, quiet: bool) -> Audit:
+    """The audit, with the check it is at on stderr."""
+    from rich.console import Console
+
+    from clipdefense.audit import audit as run
+
+    with Console(stderr=True, quiet=quiet).status("audit") as status:
+        return run(model, x, y, threat, defense=defense, seed=seed, progress=status.update)

@@ -64,7 +64,8 @@ def notes_of(evaluations: Sequence[Evaluation]) -> list[str]:
         if evaluation.caveat == "transfer only":
             notes.append(f"{evaluation.name}: transfer only; no attacker who knows the defence is among these attacks.")
         if evaluation.withheld:
-            notes.append(f"{evaluation.name}: the audit is INVALID, so no robust accuracy is given: {evaluation.withheld}")
+            why = f"the audit is INVALID, so no robust accuracy is given: {evaluation.withheld}"
+            notes.append(f"{evaluation.name}: {why}")
         notes += [f"{evaluation.name}: left out {reason}." for reason in evaluation.left_out]
     return notes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 from clipdefense.errors import UsageError
 from clipdefense.evaluation.statistics import Interval, wilson
 from clipdefense.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from clipdefense.audit import Audit
 
 Kind = Literal["", "clean", "itself", "transfer", "view", "own gradient", "embedding", "black box"]
 """What was attacked: the model itself, the undefended model, a view, the defended model (its own gradient, or outputs
@@ -68,6 +71,8 @@ class Evaluation:
         fingerprint: what the numbers depend on.
         ids: the images, in the order of the verdicts.
         left_out: attacks of an adaptive evaluation that did not run, each with its reason.
+        withheld: why an audit withholds every robust accuracy; empty where none does. The rows keep their verdicts,
+            and no output shows them.
     """
 
     name: str
@@ -78,6 +83,7 @@ class Evaluation:
     fingerprint: dict[str, Any]
     ids: tuple[int, ...] = ()
     left_out: tuple[str, ...] = ()
+    withheld: str = ""
 
     @property
     def n(self) -> int:
@@ -138,10 +144,27 @@ class Evaluation:
             return replace(rows[0], correct=np.concatenate([row.correct for row in rows], axis=1), adversarial=pictures)
 
         rows = tuple(join(same_attack) for same_attack in zip(*(part.rows for part in parts)))
-        return replace(first, clean=join([part.clean for part in parts]), rows=rows, ids=ids)
+        why = " ".join(dict.fromkeys(part.withheld for part in parts if part.withheld))
+        return replace(first, clean=join([part.clean for part in parts]), rows=rows, ids=ids, withheld=why)
+
+    def audited(self, audit: Audit) -> Evaluation:
+        """The same, its robust accuracies withheld where the audit is INVALID.
+
+        Args:
+            audit: what :func:`clipdefense.audit` found of the same model, defence and threat model.
+
+        Raises:
+            UsageError: it is of another norm or eps.
+        """
+        if (audit.threat.norm, audit.threat.eps) != (self.threat.norm, self.threat.eps):
+            raise UsageError(f"the audit is of {audit.threat}, the evaluation of {self.threat}; audit at the same eps.")
+        return replace(self, withheld=audit.withheld)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: every number with its attack, n and interval, and the verdict of each image."""
+        """JSON-ready: every number with its attack, n and interval, and the verdict of each image.
+
+        What is withheld is null: accuracies, intervals and verdicts of every row but the clean one.
+        """
         compared = [self._entry(row, robust=True) for row in self.compared()]
         transfer = self._entry(self.worst_case(), robust=True) if self.caveat == "transfer only" else None
         return {
@@ -150,14 +173,14 @@ class Evaluation:
             "eps": self.threat.eps,
             "adaptive": self.adaptive,
             "caveat": self.caveat,
+            "withheld": self.withheld or None,
             "clean": self._entry(self.clean),
             "attacks": [self._entry(row, robust=True) for row in self.rows],
             "transfer_worst_case": compared[0] if compared else transfer,
             "adaptive_worst_case": compared[1] if compared else None,
             "worst_case": self._entry(self.worst_case(), robust=True),
             "eot_convergence": [
-                {"draws": draws, "accuracy": row.accuracy, "interval_95": list(row.interval)}
-                for draws, row in self.convergence()
+                {"draws": draws, **self._numbers(row, robust=True)} for draws, row in self.convergence()
             ],
             "left_out": list(self.left_out),
             "ids": list(self.ids),
@@ -172,8 +195,12 @@ class Evaluation:
             "eot_draws": row.draws,
             "n": self.n,
             "verdict_seeds": len(row.correct),
-            "accuracy": row.accuracy,
             "caveat": self.caveat if robust else "",
-            "interval_95": list(row.interval),
-            "correct": ["".join("01"[int(bit)] for bit in seed) for seed in row.correct],
+            **self._numbers(row, robust),
         }
+
+    def _numbers(self, row: Row, robust: bool) -> dict[str, Any]:
+        if robust and self.withheld:
+            return {"accuracy": None, "interval_95": None, "correct": None}
+        verdicts = ["".join("01"[int(bit)] for bit in seed) for seed in row.correct]
+        return {"accuracy": row.accuracy, "interval_95": list(row.interval), "correct": verdicts}
