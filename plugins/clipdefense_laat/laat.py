@@ -14,9 +14,13 @@ Where paper and code part. The paper's word "smoothness" suggests a divergence o
 cosine of features, before the anchors, without stop-gradient. There is no clean cross-entropy. With tau = 1 the loss
 of perfectly placed features is not 0 but about 3.3 for the 64 classes of CIFAR-FS. Passes besides the attack's: one
 forward and backward of x', and one of x where ``smoothness`` is above 0. The code makes a third, of x' again, whose
-values are those of the first; only BatchNorm notices, and ``"released"`` moves its statistics as that pass would.
-The code selects its checkpoints on the novel test classes; pass ``validation_data`` of training classes instead. Its
-option of adversarial weight perturbation (off in the published command) is not part of this.
+values are those of the first; only BatchNorm notices, and ``"released"`` moves its statistics as that pass would (with
+DropBlock, off in the published command, the code would draw a second mask, and this does not).
+The code selects its checkpoints on the novel test classes; pass ``validation_data`` of training classes instead.
+
+Its option of adversarial weight perturbation (:mod:`clipdefense_laat.awp`; off in the published command) is
+``awp_gamma``. The weights ascend A-CE(x') alone, the smoothness takes no part. One more forward and backward of x', in
+eval mode like the attack's; the update, weight decay included, is applied to the weights that were not moved.
 """
 
 from __future__ import annotations
@@ -30,13 +34,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipdefense.attacks.context import predict
+from clipdefense.attacks.context import attack_mode, predict
 from clipdefense.attacks.pgd import pgd
 from clipdefense.errors import UsageError, check_number
 from clipdefense.threat import ThreatModel
 from clipdefense.trainers import TrainerDefense
 from clipdefense.training.config import TrainingConfig
+from clipdefense_laat.awp import moved, perturbation, perturbed_weights, with_weights
 from clipdefense_laat.expansion import AnchorExpansion, check_dimension
+
+_AWP = "awp "  # before a weight's name: its perturbation, in the batch that the losses get
 
 
 def cosine_logits(f: Tensor, anchors: Tensor, tau: float = 1.0) -> Tensor:
@@ -79,8 +86,7 @@ class LAAT(TrainerDefense):
             ``laat:resnet12``; the anchors' prompt is ``This is a photo of a {}``): tau 1; SGD with momentum 0.9,
             learning rate 0.05, a tenth of it from epoch 60 of 100, weight decay 5e-4, batches of 128; PGD with 7 steps
             of 2/255 in the Linf ball of radius 8/255. The code means to lower the rate again at epoch 80 and never
-            does. Its augmentation is the data set's business: random crop with padding 4, flip, rotation by up to 15
-            degrees on CIFAR-FS.
+            does. Its augmentation is the data set's: :mod:`clipdefense_laat.augmentation`.
         ``"default"``: fine-tuning of CLIP's image tower, which the paper does not do; these are this library's
             settings. tau 0.05, between CLIP's 0.01, at which the smoothness hardly counts, and 1, which suits training
             from scratch only; AdamW, learning rate 1e-5 after a warm-up, cosine to 0, weight decay 1e-4, batches of
@@ -102,6 +108,7 @@ class LAAT(TrainerDefense):
         expansion: bool = True,
         quantile: float = 1.0,
         trades: bool = False,
+        awp_gamma: float = 0.0,
         **overrides: Any,
     ) -> None:
         """
@@ -114,17 +121,22 @@ class LAAT(TrainerDefense):
             quantile: of the training classes' angles, see :meth:`AnchorExpansion.fit`; 1 is the published maximum.
             trades: the TRADES form instead, ``A-CE(x) + beta KL(softmax z(x) || softmax z(x'))``, whose attack ascends
                 that divergence with the clean prediction held fixed, from a uniform point of the ball.
+            awp_gamma: size of the adversarial weight perturbation relative to each weight; 0 (published) makes none,
+                0.005 is what a comment of the code suggests.
             overrides: ``threat``, ``config``, ``variant`` and single fields of the config, see
                 :class:`clipdefense.trainers.TrainerDefense`.
 
         Raises:
-            UsageError: a value outside its range, or a head with a transform that expansion does not go with.
+            UsageError: a value outside its range, options that do not go together, or a head with a transform that
+                expansion does not go with.
         """
         super().__init__(classifier, **overrides)
         usual = 1.0 if self.variant == "released" else 0.05
         tau = usual if tau is None else tau
         check_number("tau", tau, 0, math.inf, open_low=True)
         check_number("smoothness", smoothness, 0, math.inf)
+        check_number("awp_gamma", awp_gamma, 0, math.inf)
+        self.awp_gamma = float(awp_gamma)
         self.tau, self.smoothness = float(tau), float(smoothness)
         self.expansion, self.quantile, self.trades = bool(expansion), quantile, bool(trades)
         if not isinstance(quantile, (int, float)) or not 0 < quantile <= 1:
@@ -171,15 +183,21 @@ class LAAT(TrainerDefense):
         )
 
     def hyper_parameters(self) -> Mapping[str, Any]:
-        names = ("tau", "smoothness", "expansion", "quantile", "trades")
+        names = ("tau", "smoothness", "expansion", "quantile", "trades", "awp_gamma")
         return {name: getattr(self, name) for name in names}
 
     def begin(self) -> None:
         """Gives the head the training classes' expansion and the scale 1 / tau.
 
         Raises:
-            UsageError: anchors of another dimension than the tower's, or that cannot be expanded.
+            UsageError: anchors of another dimension than the tower's, or that cannot be expanded; a perturbation of
+                weights that are recomputed.
         """
+        if self.awp_gamma and self.low_memory:
+            raise UsageError(
+                f"awp_gamma is {self.awp_gamma} with low_memory, which computes passes again when the weights are no "
+                "longer perturbed; leave one of them out (accumulate saves memory too)."
+            )
         check_dimension(self.model)
         head = self.model.head
         if self.expansion and head.transform is None:
@@ -188,8 +206,22 @@ class LAAT(TrainerDefense):
         head.to(head.embeddings.device)  # a head that is moved computes its anchors afresh
 
     def inner_attack(self, batch: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
-        if not self.trades:
-            return super().inner_attack(batch, seed=seed)
+        """The adversarial images; and, each under its name, how far the weights move for the losses, if they do."""
+        made = self._kl_attack(batch, seed) if self.trades else super().inner_attack(batch, seed=seed)
+        return made | self._weight_perturbation(made["x_adv"], batch["y"]) if self.awp_gamma else made
+
+    def _weight_perturbation(self, x_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
+        tower, names = self.model.tower, perturbed_weights(self.model.tower)
+        with attack_mode(self.model):
+            v = perturbation(
+                tower,
+                names,
+                lambda: a_ce(self.model.embed(x_adv), self.model.head.anchors, y, self.tau),
+                self.awp_gamma,
+            )
+        return {_AWP + name: offset for name, offset in v.items()}
+
+    def _kl_attack(self, batch: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         x = batch["x"]
         clean, rows = predict(self.model, x, batch_size=len(x)), torch.arange(len(x), device=x.device)
 
@@ -200,6 +232,13 @@ class LAAT(TrainerDefense):
         return {"x_adv": pgd(_Unnamed(self.model), x, rows, self.threat, objective=objective, **every)}
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        offsets = {name.removeprefix(_AWP): value for name, value in batch.items() if name.startswith(_AWP)}
+        if not offsets:
+            return self._terms(batch)
+        tower = self.model.tower
+        return with_weights(tower, moved(tower, offsets), lambda: self._terms(batch))
+
+    def _terms(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         x, x_adv, y, beta = batch["x"], batch["x_adv"], batch["y"], self.smoothness
         anchors, tau = self.model.head.anchors, self.tau
         if self.trades:

@@ -84,6 +84,32 @@ def test_resnet12_adds_its_shortcut() -> None:
 
 
 @torch.no_grad()
+def test_dropblock_drops_squares_of_the_last_two_blocks_while_training() -> None:
+    widths = (4, 6, 8, 10)
+    plain, trunk = ResNet12(widths).train(), ResNet12(widths, drop_rate=0.4, drop_size=2)
+    trunk.load_state_dict(plain.state_dict())  # it has no weights
+    x = torch.rand(16, 3, 64, 64)
+    assert torch.equal(trunk.eval()(x), plain.eval()(x))
+    trunk.train(), plain.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert torch.equal(trunk.blocks[:2](x), plain.blocks[:2](x))
+        for block, last in ((2, 8), (3, 4)):
+            h = trunk.blocks[:block](x)
+            dropped, whole = trunk.blocks[block](h) == 0, plain.blocks[block](h)
+            assert dropped.shape[-1] == last and (whole != 0).all()
+            assert 0.25 < float(dropped.float().mean()) < 0.5
+            # a square of 2 lies in the map, or is cut by its left or upper edge
+            zeros = F.pad(dropped.float(), (1, 1, 1, 1), value=1.0)
+            squares = F.max_pool2d(F.avg_pool2d(zeros, 2, 1), 2, 1) == 1
+            assert bool((squares | ~dropped).all())
+    assert not torch.equal(trunk(x), plain(x))
+    for options, message in (({"drop_rate": 1}, "drop_rate is 1"), ({"drop_size": 0}, "drop_size is 0")):
+        with pytest.raises(UsageError, match=message):
+            make_tower("resnet12", DIM, **options)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "options"),
     [
