@@ -81,7 +81,7 @@ def trained(through: bool, zeta: float, images: tuple[Tensor, Tensor], args: arg
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         model = RAClassifier(CLASSES, width=args.width, image_size=8) if through else plain(args.width)
-    budget: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-3, "batch_size": 100, "schedule": "cosine"}
+    budget: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-3, "batch_size": 50, "schedule": "cosine"}
     budget |= {"milestones": (), "weight_decay": 1e-4, "measure_every": 0, "show_progress": False, "seed": args.seed}
     trainer = ANCRA(model, variant="released", base="trades", zeta=zeta, threat=threat, **budget)
     trainer.fit(*images, epochs=args.epochs)
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reverse_attention-cpu.json"))
     parser.add_argument("--eps", type=float, default=0.2)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--n", type=int, default=100, help="test images, at most 597")
     parser.add_argument("--seed", type=int, default=0)
