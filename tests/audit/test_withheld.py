@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import clipdefense as cd
-from clipdefense.attacks.doubts import AttackWarning
+from clipdefense.attacks import AttackWarning
 from clipdefense.audit import Verdict
 from clipdefense.cli import main
 from clipdefense.errors import UsageError
