@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -65,11 +65,14 @@ class TrainerDefense(Trainer):
             overrides: single fields of the config, such as ``epochs=2``.
 
         Raises:
-            UsageError: an unknown variant, a field the config does not have, or a classifier without a tower.
+            UsageError: an unknown variant, a threat or config of another type, a field the config does not have, or
+                a classifier without a tower.
         """
         from clipdefense.classifier import ZeroShotClassifier
         from clipdefense.errors import unknown_name
         from clipdefense.estimator import CLIPClassifier
+
+        _check_settings(threat, config, overrides)
 
         if variant not in self.variants:
             raise unknown_name("variant", variant, self.variants)
@@ -178,28 +181,30 @@ class TrainerDefense(Trainer):
         """Train in place.
 
         Args:
-            x: images (N, C, H, W) in [0, 1], array or tensor; or, without y, a dataset of (image, label) items.
+            x: images (N, C, H, W) in [0, 1], array or tensor; or, without y, a dataset of (image, label) items, or of
+                images where the method needs no labels.
             y: integer or one-hot labels; None where the method needs none.
-            validation_data: held-out (x, y) of the training distribution, or a dataset, for :attr:`history`.
+            validation_data: held-out (x, y) of the training distribution, a dataset or a loader, for
+                :attr:`history`.
             overrides: config fields for this fit; ART's ``nb_epochs`` and ``verbose`` are understood.
 
         Raises:
             UsageError: images, labels or options that cannot be used, before any work; a fit that diverged (the
                 weights are the last good ones) or ran out of memory.
         """
-        from clipdefense.training.loop import fit_arrays
+        from clipdefense.training.fit import fit_arrays
 
         fit_arrays(self, x, y, self.config.override(**_our_names(overrides)), validation_data)
 
     def fit_generator(self, generator: Any, validation_data: Any = None, **overrides: Any) -> None:
         """Train on an ART ``DataGenerator``; the rest as in :meth:`fit`."""
-        from clipdefense.training.loop import fit_generator
+        from clipdefense.training.fit import fit_generator
 
         fit_generator(self, generator, self.config.override(**_our_names(overrides)), validation_data)
 
     def fit_loader(self, loader: Any, validation_data: Any = None, **overrides: Any) -> None:
         """Train on any iterable of (images, labels) batches, such as a ``DataLoader``; the rest as in :meth:`fit`."""
-        from clipdefense.training.loop import fit_loader
+        from clipdefense.training.fit import fit_loader
 
         fit_loader(self, loader, self.config.override(**_our_names(overrides)), validation_data)
 
@@ -212,6 +217,23 @@ class TrainerDefense(Trainer):
             "threat": asdict(self.threat),
             **self.provenance,
         }
+
+
+def _check_settings(threat: Any, config: Any, overrides: Mapping[str, Any]) -> None:
+    from clipdefense.training.config import TrainingConfig
+
+    if threat is not None and not isinstance(threat, ThreatModel):
+        raise UsageError(f"threat is {threat!r}; a ThreatModel is expected, such as ThreatModel('linf', eps=1/255).")
+    if config is not None and not isinstance(config, TrainingConfig):
+        raise UsageError(
+            f"config is a {type(config).__name__}; a TrainingConfig is expected, or its fields by name (epochs=2)."
+        )
+    for field in fields(ThreatModel):
+        if field.name in overrides:
+            raise UsageError(
+                f"{field.name} is part of the inner attack's budget; pass it as threat=ThreatModel('linf', eps=1/255, "
+                "step_size=1/255, steps=2)."
+            )
 
 
 def _our_names(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import abc
 import random
-import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from clipdefense import randomness
-from clipdefense.checks import check_images, check_labels
+from clipdefense.checks import check_images
 from clipdefense.errors import UsageError
-from clipdefense.plugins import registry
-from clipdefense.training.runtime import derive_seed
-
-Batch = dict[str, Tensor]
-"""``ids`` (N,) sample ids, ``x`` (N, C, H, W), and ``y`` (N,) where there are labels."""
+from clipdefense.training.items import Batch, as_images, as_labels, checked_batch, collate, pair
+from clipdefense.training.runtime import derive_seed, seed_torch
 
 
 class Share(NamedTuple):
@@ -156,11 +151,14 @@ class MapStyle(Indexed):
         loader: DataLoader[Any] = DataLoader(
             self.items,  # type: ignore[arg-type]
             batch_sampler=keys,
-            collate_fn=_collate,
+            collate_fn=collate,
             num_workers=self.workers,
         )
-        for numbers, images, labels in loader:
-            yield checked_batch(torch.tensor(numbers), images, labels, self.classes, self.needs_labels)
+        for found in loader:
+            if isinstance(found, UsageError):
+                raise found  # one that a worker raises arrives with its traceback in the message
+            ids, images, labels = found
+            yield checked_batch(ids, images, labels, self.classes, self.needs_labels)
 
 
 class _Items:
@@ -172,31 +170,10 @@ class _Items:
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Any]:
         epoch, row = key
         seed = derive_seed(self.seed, "item", epoch, self.ids[row])
-        torch.manual_seed(seed)
+        seed_torch(seed)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  (the generator that augmentations use)
         return self.ids[row], self.dataset[row]
-
-
-def _collate(items: list[tuple[int, Any]]) -> tuple[list[int], Tensor, Tensor | None]:
-    numbers, images, labels = [], [], []
-    for number, item in items:
-        image, label = item if isinstance(item, (tuple, list)) else (item, None)
-        if not isinstance(image, (Tensor, np.ndarray)):
-            raise UsageError(
-                f"item {number} of the dataset holds a {type(image).__name__}; a (C, H, W) tensor in [0, 1] is "
-                "expected (torchvision's ToTensor makes one of a PIL image)."
-            )
-        numbers.append(number)
-        images.append(torch.as_tensor(image))
-        labels.append(label)
-    shapes = {tuple(image.shape) for image in images}
-    if len(shapes) > 1:
-        raise UsageError(f"images of the dataset differ in shape: {sorted(shapes)[:3]}; resize them to one shape.")
-    without = [number for number, label in zip(numbers, labels) if label is None]
-    if without and len(without) < len(labels):
-        raise UsageError(f"item {without[0]} of the dataset has no label, others do; all or none are expected.")
-    return numbers, torch.stack(images), None if without else torch.tensor([int(label) for label in labels])
 
 
 class Batches(Source):
@@ -209,6 +186,11 @@ class Batches(Source):
     exact = False
 
     def __init__(self, loader: Iterable[Any], classes: int, needs_labels: bool) -> None:
+        """
+        Raises:
+            UsageError: not an iterable of batches, or one that is empty.
+        """
+        _check_gives_batches(loader)
         self.loader, self.classes, self.needs_labels = loader, classes, needs_labels
         try:
             self.steps = len(loader) if isinstance(loader, Sized) else None
@@ -220,8 +202,8 @@ class Batches(Source):
     def batches(self, epoch: int, first: int, share: Share) -> Iterator[Batch]:
         seen, step = 0, -1
         for step, item in enumerate(self.loader):
-            images, labels = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
-            images = as_images(images[0] if isinstance(images, (tuple, list)) else images)
+            images, labels = pair(item, f"batch {step + 1} of the loader")
+            images = as_images(images, "a batch of the loader")
             ids = torch.arange(seen, seen + len(images))
             seen += len(images)
             if step >= first:
@@ -235,6 +217,13 @@ class Batches(Source):
                 f"the loader gave no batches in epoch {epoch + 1}; one that can be iterated again is expected, such as "
                 "a DataLoader or a list, not a generator."
             )
+
+
+class HeldOutBatches(Batches):
+    """A loader whose images are all held out: validation data that come in batches."""
+
+    def held_out(self, batch_size: int) -> Iterator[Batch]:
+        return self.batches(0, 0, Share())
 
 
 class GeneratorEpochs:
@@ -261,103 +250,19 @@ class GeneratorEpochs:
             yield self.generator.get_batch()
 
 
-def checked_batch(ids: Tensor, images: Tensor, labels: Any, classes: int, needs_labels: bool) -> Batch:
-    """A batch of what a dataset or loader gave, checked."""
-    check_images(images)
-    batch = {"ids": ids, "x": images}
-    y = as_labels(labels, len(images), classes, needs_labels)
-    return batch if y is None else batch | {"y": y}
+def gives_batches(data: Any) -> bool:
+    """Whether data are a loader: they can be iterated, but not indexed."""
+    return isinstance(data, Iterable) and (isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"))
 
 
-def as_images(x: Any, argument: str = "x") -> Tensor:
-    """An array or tensor as a tensor, without a copy where there can be none."""
-    if isinstance(x, np.ndarray):
-        return torch.from_numpy(x)
-    if not isinstance(x, Tensor):
+def _check_gives_batches(loader: Any) -> None:
+    kind = type(loader).__name__
+    if isinstance(loader, (Tensor, np.ndarray)):
+        raise UsageError(f"loader is a {kind}; fit(x, y) takes arrays, fit_loader an iterable of batches.")
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise UsageError(
-            f"{argument} is a {type(x).__name__}; an array or tensor (N, C, H, W) in [0, 1], or a dataset with "
-            "len() and [i], is expected."
+            f"loader is a {kind}, which gives one image at a time; pass it to fit(dataset), or as "
+            "DataLoader(dataset, batch_size=...)."
         )
-    return x
-
-
-def as_labels(y: Any, n: int, classes: int, required: bool) -> Tensor | None:
-    """Integer labels (n,) of integer or one-hot ones.
-
-    Args:
-        y: (n,) integers or (n, classes) one-hot, array, tensor or list; None for no labels.
-        n: images.
-        classes: of the model's head.
-        required: whether the method needs labels.
-
-    Raises:
-        UsageError: labels that are missing, do not fit the head, or are neither integer nor one-hot.
-    """
-    if y is None:
-        if required:
-            others = _methods_without_labels()
-            advice = f", or use a method that needs none: {', '.join(others)}" if others else ""
-            raise UsageError(f"y is None, but this method learns from labels; pass integer or one-hot ones{advice}.")
-        return None
-    labels = torch.as_tensor(y)
-    if labels.dim() == 2:
-        if labels.shape[1] != classes:
-            raise UsageError(
-                f"y is one-hot over {labels.shape[1]} classes, but the model's head has {classes}; load the model with "
-                "the class list that the labels belong to."
-            )
-        if not (((labels == 0) | (labels == 1)).all() and (labels.sum(dim=1) == 1).all()):
-            raise UsageError("y has rows that are not one-hot; integer or one-hot labels are expected, not soft ones.")
-        labels = labels.argmax(dim=1)
-    if labels.numel() and not labels.is_floating_point() and int(labels.max()) >= classes:
-        raise UsageError(
-            f"y has labels in [{int(labels.min())}, {int(labels.max())}]; [0, {classes - 1}] is expected, since the "
-            f"model's head has {classes} classes; load the model with the class list that the labels belong to."
-        )
-    check_labels(labels, n, classes)
-    return labels.long()
-
-
-def _methods_without_labels() -> list[str]:
-    """The registered trainer defences that can do without."""
-    found = []
-    for name in registry().names("defenses"):
-        with suppress(UsageError):  # a plugin that cannot be used is no advice
-            if not getattr(registry().find("defenses", name).load(), "needs_labels", True):
-                found.append(name)
-    return found
-
-
-def check_same_classes(data: Any, names: Sequence[str]) -> None:
-    """Require that the class list which the data bring is the head's.
-
-    Args:
-        data: a dataset, or a loader of one; its ``classes`` are compared where it has them.
-        names: of the model's head, in label order.
-
-    Raises:
-        UsageError: another number of classes, or a name that the head has at another label. A name that the head
-            does not have at all may be another word for the same class; a warning says so where that is all of them.
-    """
-    theirs = getattr(data, "classes", None) or getattr(getattr(data, "dataset", None), "classes", None)
-    if not isinstance(theirs, (list, tuple)):
-        return
-    advice = "give the model the dataset's list: model.with_classes(dataset.classes)."
-    if len(theirs) != len(names):
-        raise UsageError(f"the dataset has {len(theirs)} classes, but the model's head has {len(names)}; {advice}")
-    for label, name in enumerate(theirs):
-        if name in names and names[label] != name:
-            raise UsageError(
-                f"class {name!r} has label {label} in the dataset, {names.index(name)} in the model's head; {advice}"
-            )
-    if theirs and not {_plain(name) for name in theirs} & {_plain(name) for name in names}:
-        warnings.warn(
-            f"none of the dataset's {len(theirs)} class names ({theirs[0]!r}, ...) is one of the model's "
-            f"({names[0]!r}, ...); labels are taken by position. Unless they are other words for the same, {advice}",
-            stacklevel=2,
-        )
-
-
-def _plain(name: Any) -> str:
-    """A class name without what data sets write differently."""
-    return " ".join(str(name).casefold().replace("_", " ").replace("-", " ").split())
+    if not isinstance(loader, Iterable):
+        raise UsageError(f"loader is a {kind}; an iterable of (images, labels) batches is expected.")

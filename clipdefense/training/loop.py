@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,69 +23,24 @@ from clipdefense.training.config import TrainingConfig
 from clipdefense.training.memory import recomputing
 from clipdefense.training.parameters import training_only
 from clipdefense.training.progress import TrainingProgress
-from clipdefense.training.runtime import derive_seed, deterministic, generators_kept, on_device
+from clipdefense.training.runtime import derive_seed, deterministic, generators_kept, on_device, seed_torch
 from clipdefense.training.schedule import learning_rate, total_steps
-from clipdefense.training.state import MODEL_FILE, STATE_FILE, History, Position, load_state, save_state
-from clipdefense.weights import sha256_of_weights
+from clipdefense.training.state import (
+    BASE,
+    MODEL_FILE,
+    STATE_FILE,
+    History,
+    Position,
+    load_state,
+    make_folder,
+    save_state,
+)
+from clipdefense.weights import parse_device, sha256_of_weights
 
 if TYPE_CHECKING:
     from clipdefense.trainers import TrainerDefense
 
 Record = dict[str, float]
-
-
-def fit_arrays(defense: TrainerDefense, x: Any, y: Any, config: TrainingConfig, validation: Any = None) -> None:
-    """Train on arrays, or (y None) on a map-style dataset of (image, label) items.
-
-    Args:
-        defense: what to train, and how.
-        x: images (N, C, H, W) in [0, 1], or a dataset with ``len()`` and ``[i]``.
-        y: integer or one-hot labels.
-        config: training hyper-parameters.
-        validation: held-out (x, y) or a dataset, instead of a share of the training images.
-
-    Raises:
-        UsageError: data, labels or options that cannot be used; a run that diverged or ran out of memory.
-    """
-    source = _indexed(defense, x, y, config, config.batch_size, config.validation if validation is None else 0.0)
-    _run(defense, source, config, validation)
-
-
-def fit_generator(defense: TrainerDefense, generator: Any, config: TrainingConfig, validation: Any = None) -> None:
-    """Train on an ART ``DataGenerator``; arguments as :func:`fit_arrays`."""
-    fit_loader(defense, data.GeneratorEpochs(generator), config, validation)
-
-
-def fit_loader(defense: TrainerDefense, loader: Any, config: TrainingConfig, validation: Any = None) -> None:
-    """Train on any iterable of batches; arguments as :func:`fit_arrays`."""
-    if config.validation:
-        raise UsageError(
-            f"validation is {config.validation}, but a loader's images cannot be held out; pass validation_data=(x, y)."
-        )
-    data.check_same_classes(loader, defense.model.class_names)
-    _run(defense, data.Batches(loader, len(defense.model.class_names), defense.needs_labels), config, validation)
-
-
-def _indexed(
-    defense: TrainerDefense, x: Any, y: Any, config: TrainingConfig, batch_size: int, held_out: float
-) -> data.Indexed:
-    classes = len(defense.model.class_names)
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": config.seed, "validation": held_out}
-    if y is None and not isinstance(x, Tensor) and not hasattr(x, "__array__") and hasattr(x, "__getitem__"):
-        data.check_same_classes(x, defense.model.class_names)
-        return data.MapStyle(x, classes, defense.needs_labels, workers=config.workers, **options)
-    return data.Arrays(x, y, classes, defense.needs_labels, **options)
-
-
-def _run(defense: TrainerDefense, source: data.Source, config: TrainingConfig, validation: Any) -> None:
-    if validation is not None:
-        x, y = validation if isinstance(validation, (tuple, list)) else (validation, None)
-        held_out: data.Source = _indexed(defense, x, y, config, 1, 0.0)
-        assert isinstance(held_out, data.Indexed)
-        held_out.kept_out = held_out.training
-    else:
-        held_out = source
-    Loop(defense, source, held_out, config).run()
 
 
 class LossModule(nn.Module):
@@ -120,10 +76,13 @@ class Loop:
                 f"checkpoint folder {self.folder} holds the state of a run; pass resume=True to continue it, or name "
                 "another folder."
             )
+        if self.folder is not None:
+            make_folder(self.folder)
         self.accelerator = Accelerator(mixed_precision="no", device_placement=False)
         self.share = data.Share(self.accelerator.process_index, self.accelerator.num_processes)
         self.device = self._device()
         self.history, self.at = History(), Position()
+        self.at_once = 0  # images of the largest piece so far
 
     def _device(self) -> torch.device:
         world = self.share.world
@@ -139,7 +98,7 @@ class Loop:
         if isinstance(self.source, data.Indexed) and self.source.batch_size % world:
             raise UsageError(f"batch_size is {self.source.batch_size}, which {world} processes do not divide evenly.")
         if world == 1:
-            return torch.device(self.config.device or self.model.device)
+            return self.model.device if self.config.device is None else parse_device(self.config.device)
         if self.config.device is not None:
             raise UsageError(
                 f"device is {self.config.device!r} with {world} processes; leave it to the launcher (its --cpu)."
@@ -150,6 +109,8 @@ class Loop:
         """Train; modes, flags, device and generators are restored and no gradients are left, whatever happens."""
         self.defense.history = self.history
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())  # whatever the caller's grad mode
             stack.enter_context(generators_kept(self.device))
             stack.enter_context(deterministic(self.config.deterministic))
             stack.enter_context(on_device(self.model, self.device))
@@ -159,8 +120,9 @@ class Loop:
             self._prepare()
             title = self.defense.name or type(self.defense).__name__
             show = self.config.show_progress and self.accelerator.is_main_process
-            with TrainingProgress(title, self.total, self.at.step, show) as self.progress:
-                while self.at.epoch < self.config.epochs and not self._done():
+            epochs = self.config.epochs
+            with TrainingProgress(title, self.total, self.at.step, epochs, show) as self.progress:
+                while not self._over():
                     self._epoch()
             self._finish()
 
@@ -177,7 +139,7 @@ class Loop:
         if config.resume and self.folder is not None and (self.folder / STATE_FILE).exists():
             self.at, self.history = load_state(self.folder, model, self.optimizer, self.identity)
             self.defense.history = self.history
-            if not self.source.exact and self.at.batch:
+            if not self.source.exact and self.at.step and not self._over():
                 warnings.warn(
                     f"resuming at update {self.at.step}: this loader's order is its own, so the run will not equal an "
                     "unbroken one; arrays and map-style datasets do.",
@@ -199,16 +161,19 @@ class Loop:
             "batches an epoch": self.source.steps,
             "class names": list(self.model.class_names),
             "pixel statistics": [self.model.mean.flatten().tolist(), self.model.std.flatten().tolist()],
-            "base weights (SHA-256)": self.base_sha256,
+            BASE: self.base_sha256,
         }
 
     def _done(self) -> bool:
         return self.config.max_steps is not None and self.at.step >= self.config.max_steps
 
+    def _over(self) -> bool:
+        return self.at.epoch >= self.config.epochs or self._done()
+
     def _epoch(self) -> None:
         """The rest of the current epoch."""
         epoch = self.at.epoch
-        torch.manual_seed(derive_seed(self.config.seed, "loader", epoch))  # the order of loaders that draw one
+        seed_torch(derive_seed(self.config.seed, "loader", epoch))  # the order of loaders that draw one
         for batch in self.source.batches(epoch, self.at.batch, self.share):
             self._step(batch)
             if self._done():
@@ -222,21 +187,26 @@ class Loop:
         lr = learning_rate(config, at.step, at.epoch, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(derive_seed(config.seed, "step", at.step, self.share.rank))
+        seed_torch(derive_seed(config.seed, "step", at.step, self.share.rank))
         batch = {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
         pieces = min(config.accumulate, len(batch["x"]))
-        try:
-            with guard.memory_advice(-(-len(batch["x"]) // pieces), len(batch["x"]), pieces, self.device):
-                values = self._gradient(batch, pieces, lr)
-        except guard.DivergedError:
-            self.good.restore()
-            raise
-        self.good.keep()
-        self.optimizer.step()
+        images = -(-len(batch["x"]) // pieces)
+        self.at_once = max(self.at_once, images)
+        with guard.memory_advice(images, len(batch["x"]), pieces, self.device):
+            values = self._gradient(batch, pieces, lr)
+            self._update()
         at.step, at.batch = at.step + 1, at.batch + 1
         record = {"step": at.step, "epoch": at.epoch + 1, "lr": lr, **values}
         self.history.steps.append(record)
-        self.progress.show(record)
+        self.progress.step(record)
+
+    def _update(self) -> None:
+        self.good.keep()
+        try:
+            self.optimizer.step()
+        except BaseException:  # no memory for the optimiser's state, or an interrupt: no half of an update stays
+            self.good.restore()
+            raise
 
     def _gradient(self, batch: data.Batch, pieces: int, lr: float) -> Record:
         """The batch's gradient, clipped, in ``.grad``; the loss terms and what was measured.
@@ -244,7 +214,8 @@ class Loop:
         Raises:
             DivergedError: a term or the gradient is not finite.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        for weight in self.weights:
+            weight.grad = None
         total: dict[str, Tensor] = {}
         size, measure = len(batch["x"]), self._measures(batch)
         for number in range(pieces):
@@ -259,13 +230,18 @@ class Loop:
             measured = self._accuracies(piece) if measure else {}
             for name, value in {**terms, **measured}.items():
                 total[name] = total.get(name, 0.0) + share * value.detach()
-        limit = self.config.max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.weights, limit)
-        values = self._read(total, norm)
+        values = self._read(total, self._clipped())
         bad = guard.first_not_finite(values)
         if bad:
+            self.good.restore()
             raise guard.DivergedError(self.at.step + 1, bad[0].replace("gradient_norm", "gradient"), bad[1], lr)
         return values | {"loss": sum(values[name] for name in terms)}
+
+    def _clipped(self) -> Tensor:
+        """The gradient's L2 norm, before it is clipped where there is a limit."""
+        if self.config.max_grad_norm is not None:
+            return nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm)
+        return nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
 
     def _read(self, total: dict[str, Tensor], norm: Tensor) -> Record:
         """All values of a step in one synchronisation with the device, averaged over processes."""
@@ -282,6 +258,7 @@ class Loop:
             with attack_mode(self.model):
                 if guard.output_is_finite(self.model, piece["x"]):
                     raise
+            self.good.restore()
             raise guard.DivergedError(self.at.step + 1, "inner attack", float("nan"), lr) from None
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -302,19 +279,21 @@ class Loop:
 
     def _end_epoch(self) -> None:
         at, number = self.at, self.at.epoch + 1
-        records = [record for record in self.history.steps if record["epoch"] == number]
-        names = [name for name in records[-1] if name not in ("step", "epoch", "lr")] if records else []
+        records = list(takewhile(lambda record: record["epoch"] == number, reversed(self.history.steps)))[::-1]
+        names = dict.fromkeys(name for record in records for name in record if name not in ("step", "epoch", "lr"))
         means = {
             name: sum(values) / len(values) for name in names if (values := [r[name] for r in records if name in r])
         }
-        self.history.epochs.append({"epoch": number, "step": at.step, **means, **self._validate()})
+        record = {"epoch": number, "step": at.step, **means, **self._validate()}
+        self.history.epochs.append(record)
+        self.progress.epoch(record)
         at.epoch, at.batch = at.epoch + 1, 0
         self._save()
 
     def _validate(self) -> Record:
         """Clean and robust accuracy on the held-out images, under the inner attack's budget; {} without any."""
         correct, count = torch.zeros(2), 0
-        piece = max(self.config.batch_size // self.config.accumulate, 1)
+        piece = self.at_once or max(self.config.batch_size // self.config.accumulate, 1)
         seed = derive_seed(self.config.seed, "validation")
         for batch in self.held_out.held_out(piece):
             _require_labels(batch)

@@ -22,6 +22,14 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
 
 
+def seed_torch(seed: int) -> None:
+    """``torch.manual_seed``, which without an accelerator in use spends 0.2 ms on records for one that may come."""
+    if torch.cuda.is_initialized() or torch.xpu.is_initialized() or torch.backends.mps.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
     """Restore Python's, NumPy's and torch's global generators (the CPU's and the device's) afterwards."""

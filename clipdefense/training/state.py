@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -16,6 +17,7 @@ from clipdefense.errors import UsageError
 from clipdefense.training.checkpoint import write_tensors
 
 STATE_FILE, MODEL_FILE = "training-state.safetensors", "model.safetensors"
+BASE = "base weights (SHA-256)"
 _FORMAT = "clipdefense-training-state"
 _SHOWN = 12
 
@@ -43,6 +45,18 @@ class Position:
     step: int = 0
     epoch: int = 0
     batch: int = 0
+
+
+def make_folder(folder: Path) -> None:
+    """Now, so that a place that cannot be written is not found out at the end of an epoch."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"checkpoint is {str(folder)!r}, where no folder can be made ({error.strerror}); name another place."
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"checkpoint is {str(folder)!r}, which cannot be written; name another folder.")
 
 
 def save_state(
@@ -116,13 +130,33 @@ def _changing(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _compare(theirs: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
-    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    theirs, ours = _flat(theirs), _flat(ours)
+    names = [name for name in {**theirs, **ours} if theirs.get(name, _ABSENT) != ours.get(name, _ABSENT)]
     if names:
-        listed = "; ".join(f"{name} {_difference(ours.get(name), theirs.get(name))}" for name in names)
-        raise UsageError(
-            f"resume: {path} is of a run that differs in {len(names)} of its settings: {listed}. Use the same, or "
-            "another checkpoint folder."
+        listed = "; ".join(
+            f"{name} {_difference(ours.get(name, _ABSENT), theirs.get(name, _ABSENT))}" for name in names
         )
+        fresh = " on the model it began with, loaded afresh (a fit trains in place)" if BASE in names else ""
+        raise UsageError(
+            f"resume: {path} is of a run that differs in {len(names)} of its settings: {listed}. Use the same{fresh}, "
+            "or another checkpoint folder."
+        )
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "not there"
+
+
+_ABSENT = _Absent()
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in groups under the group's name: ``{"threat": {"eps": e}}`` -> ``{"threat.eps": e}``."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _difference(ours: Any, theirs: Any) -> str:

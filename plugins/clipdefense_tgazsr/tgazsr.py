@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from clipdefense.attacks.context import full_fp32
 from clipdefense.classifier import TokenEmbeddings, ZeroShotClassifier
-from clipdefense.errors import UsageError
+from clipdefense.errors import UsageError, check_number
 from clipdefense.estimator import CLIPClassifier
 from clipdefense.threat import ThreatModel
 from clipdefense.trainers import TrainerDefense
@@ -275,9 +275,7 @@ class TGAZSR(TrainerDefense):
         """
         super().__init__(classifier, **overrides)
         for name, value in (("alpha", alpha), ("beta", beta)):
-            numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not numeric or not 0 <= value < math.inf:
-                raise UsageError(f"{name} is {value!r}; a finite number of at least 0 is expected.")
+            check_number(name, value, 0, math.inf)
         if grid is not None and not _is_grid(grid):
             raise UsageError(f"grid is {grid!r}; two positive whole numbers, rows and columns, are expected.")
         self.alpha, self.beta = float(alpha), float(beta)

@@ -610,7 +610,7 @@ def test_a_resume_compares_with_the_original_tower(make_vit: Make, images: Tenso
     again = make_vit()
     Interrupted(again, **options, checkpoint=str(tmp_path), resume=True).fit(x, y)
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), again.parameters()))
-    with pytest.raises(UsageError, match=r"differs in 1 of its settings: .*alpha': 0\.2, .*, was .*alpha': 0\.08"):
+    with pytest.raises(UsageError, match=r"differs in 1 of its settings: hyper_parameters\.alpha is 0\.2, was 0\.08"):
         TGAZSR(make_vit(), **options, alpha=0.2, checkpoint=str(tmp_path), resume=True).fit(x, y)
 
 
@@ -758,7 +758,7 @@ def test_towers_without_tokens_are_refused_before_training(tiny_model: ZeroShotC
 def test_bad_input(vit: ZeroShotClassifier, images: Tensor) -> None:
     for name in ("alpha", "beta"):
         for bad in (-0.1, math.nan, math.inf, "1", True):
-            with pytest.raises(UsageError, match=rf"{name} is .*; a finite number of at least 0 is expected"):
+            with pytest.raises(UsageError, match=rf"{name} is .*; a number of at least 0 is expected"):
                 TGAZSR(vit, **{name: bad})
     for bad in (4, (4,), (4, 0), (4.0, 4.0), (True, 2)):
         with pytest.raises(UsageError, match=r"grid is .*; two positive whole numbers, rows and columns"):

@@ -162,15 +162,25 @@ def test_a_resume_lists_every_setting_that_differs(make_model: Make, images: Ten
     same = {"checkpoint": str(tmp_path), "resume": True}
     other = trainer("pmg-aft", make_model(), lr=2e-3, alpha=0.7, weight_decay=0.1, **same)
     message = (
-        r"resume: .* differs in 3 of its settings: hyper_parameters is .*'alpha': 0\.7.*was .*'alpha': 0\.5.*; "
+        r"resume: .* differs in 3 of its settings: hyper_parameters\.alpha is 0\.7, was 0\.5; "
         r"lr is 0\.002, was 0\.001; weight_decay is 0\.1, was 0\.0\. Use the same, or another checkpoint folder"
     )
     refused(other, message, lambda: other.fit(x, y))
     method = trainer("tecoa", make_model(), lr=1e-3, **same)
-    refused(method, r"method is 'tecoa', was 'pmg-aft'; hyper_parameters is \{\}, was", lambda: method.fit(x, y))
+    message = r"method is 'tecoa', was 'pmg-aft'; hyper_parameters\.alpha is not there, was 0\.5; "
+    refused(method, message, lambda: method.fit(x, y))
     fewer = trainer("pmg-aft", make_model(), lr=1e-3, alpha=0.5, batch_size=2, **same)
     refused(fewer, "batch_size is 2, was 4; batches an epoch is 4, was 2", lambda: fewer.fit(x, y))
     trainer("pmg-aft", make_model(), lr=1e-3, alpha=0.5, **same).fit(x, y)
+
+
+def test_a_second_fit_in_place_is_told_that_it_does_not_begin_with_the_same_model(
+    tiny_model: ZeroShotClassifier, images: Tensor, tmp_path: Path
+) -> None:
+    defense = trainer("tecoa", tiny_model, lr=1e-3, checkpoint=str(tmp_path), resume=True)
+    defense.fit(images, torch.arange(8))
+    message = r"Use the same on the model it began with, loaded afresh \(a fit trains in place\), or another"
+    refused(defense, message, lambda: defense.fit(images, torch.arange(8)))
 
 
 def test_long_class_lists_are_shown_where_they_differ(make_model: Make, images: Tensor, tmp_path: Path) -> None:
@@ -249,6 +259,52 @@ def test_other_errors_are_not_taken_for_it(tiny_model: ZeroShotClassifier, image
     tiny_model.tower = Failing(tiny_model.tower, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         trainer("tecoa", tiny_model).fit(images, torch.arange(8))
+
+
+class Forgetful(torch.optim.SGD):
+    """Has no memory left after the first of the weights."""
+
+    def step(self, closure: Any = None) -> None:
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].add_(1.0)
+        raise MemoryError
+
+
+def test_no_half_of_an_update_stays(
+    tiny_model: ZeroShotClassifier, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may end where the optimiser makes its state: AdamW's is twice the weights."""
+    monkeypatch.setattr(torch.optim, "SGD", Forgetful)
+    defense = trainer("tecoa", tiny_model, batch_size=8)
+    refused(defense, "out of memory on cpu with 8 images at once", lambda: defense.fit(images, torch.arange(8)))
+
+
+# Places and devices that are not there
+
+
+def test_a_checkpoint_folder_is_made_before_the_first_step(
+    tiny_model: ZeroShotClassifier, images: Tensor, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "folder"):
+        defense = trainer("tecoa", tiny_model, checkpoint=str(place))
+        refused(defense, "checkpoint is .*, where no folder can be made", lambda: defense.fit(images, torch.arange(8)))  # noqa: B023
+        assert defense.history is None
+
+
+def test_a_device_that_is_not_there(tiny_model: ZeroShotClassifier, images: Tensor) -> None:
+    defense = trainer("tecoa", tiny_model, device="cuda:99")
+    refused(defense, "device is 'cuda:99', which cannot be used here", lambda: defense.fit(images, torch.arange(8)))
+
+
+def test_settings_of_another_kind(tiny_model: ZeroShotClassifier) -> None:
+    for option, message in (
+        ({"threat": "linf"}, "threat is 'linf'; a ThreatModel is expected"),
+        ({"config": {"epochs": 2}}, "config is a dict; a TrainingConfig is expected, or its fields by name"),
+        ({"eps": 4 / 255}, r"eps is part of the inner attack's budget; pass it as threat=ThreatModel\("),
+    ):
+        with pytest.raises(UsageError, match=message):
+            get_defense("tecoa")(tiny_model, **option)
 
 
 # A dataset shorter than a batch

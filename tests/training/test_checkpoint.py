@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,10 @@ def test_a_resume_with_other_settings_lists_them(make_model: Make, tmp_path: Pat
     other = make_model()
     with torch.no_grad():
         other.tower.proj.add_(1.0)
-    with pytest.raises(UsageError, match=r"differs in 1 of its settings: base weights \(SHA-256\)"):
+    with pytest.raises(UsageError, match=r"1 of its settings: base weights \(SHA-256\) .*loaded afresh"):
         TeCoA(other, **QUIET, epochs=1, checkpoint=str(tmp_path), resume=True).fit(*data())
     threat = TeCoA(other).threat.__class__("l2", eps=0.5)
-    with pytest.raises(UsageError, match=r"threat is \{'norm': 'l2'"):
+    with pytest.raises(UsageError, match=r"threat\.norm is 'l2', was 'linf'; threat\.eps is 0\.5, was 0\.0039"):
         TeCoA(make_model(), threat=threat, **QUIET, epochs=1, checkpoint=str(tmp_path), resume=True).fit(*data())
 
 
@@ -192,6 +193,26 @@ def test_a_loader_resumes_at_the_last_checkpoint_and_says_so(make_model: Make, t
     with pytest.warns(UserWarning, match="resuming at update 5: this loader's order is its own"):
         defense.fit_loader(loader)
     assert [record["step"] for record in defense.history.steps] == list(range(1, 9))
+    with warnings.catch_warnings():  # nothing is left to do
+        warnings.simplefilter("error")
+        TeCoA(make_model(), **options, resume=True).fit_loader(loader)
+
+
+def test_a_loader_says_so_between_epochs_too(make_model: Make, tmp_path: Path) -> None:
+    """A generator of batches goes on where it stood, which a new process cannot know."""
+    options = {**QUIET, "max_steps": 4, "schedule": "constant", "checkpoint": str(tmp_path)}
+    loader = DataLoader(TensorDataset(*data()), batch_size=4)
+
+    class Interrupted(TeCoA):
+        def inner_attack(self, batch: Any, *, seed: int) -> Any:
+            if len(self.history.epochs) == 1:
+                raise Stopped
+            return super().inner_attack(batch, seed=seed)
+
+    with pytest.raises(Stopped):
+        Interrupted(make_model(), **options, epochs=2).fit_loader(list(loader)[:2])
+    with pytest.warns(UserWarning, match="resuming at update 2: this loader's order is its own"):
+        TeCoA(make_model(), **options, epochs=2, resume=True).fit_loader(list(loader)[:2])
 
 
 def test_killed_anywhere_and_resumed_is_bit_identical(tmp_path: Path) -> None:

@@ -21,9 +21,8 @@ from clipdefense.training.data import (
     GeneratorEpochs,
     MapStyle,
     Share,
-    as_labels,
-    check_same_classes,
 )
+from clipdefense.training.items import as_labels, check_same_classes
 
 ALONE = Share()
 

@@ -341,8 +341,31 @@ def test_progress_names_the_terms_and_quiet_is_quiet(
     TeCoA(tiny_model, batch_size=4, epochs=1, show_progress=False).fit(*images_and_labels(8))
     assert capsys.readouterr() == ("", "")
     TeCoA(tiny_model, batch_size=4, epochs=1).fit(*images_and_labels(8))
-    shown = capsys.readouterr().out
-    assert "tecoa" in shown and "2/2" in shown and "ce " in shown and "batch accuracy: clean" in shown
+    shown = capsys.readouterr().err
+    assert shown.startswith("tecoa epoch 1/1  2 updates  ce ") and "batch accuracy: clean" in shown
+
+
+def test_a_narrow_terminal_shows_everything(
+    tiny_model: ZeroShotClassifier, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    defense = TwoPasses(tiny_model)
+    defense.fit(*images_and_labels(12), validation=0.25, measure_every=1, batch_size=3, epochs=2, show_progress=True)
+    shown = capsys.readouterr().err.replace("\n", " ")
+    assert "6/6" in shown and "epoch 2  " in shown
+    for word in ("clean ", "robust ", "loss ", "batch accuracy: ", "held out: clean "):
+        assert word in shown
+
+
+def test_an_epochs_record_has_the_accuracies_of_the_steps_that_measured(tiny_model: ZeroShotClassifier) -> None:
+    defense = TeCoA(tiny_model, show_progress=False, measure_every=2, batch_size=4, epochs=1)
+    defense.fit(*images_and_labels(12))  # the last of the three steps measures, the second does not
+    steps, (epoch,) = defense.history.steps, defense.history.epochs
+    assert epoch["clean_accuracy"] == pytest.approx((steps[0]["clean_accuracy"] + steps[2]["clean_accuracy"]) / 2)
+    defense.fit(*images_and_labels(8))
+    steps, (epoch,) = defense.history.steps, defense.history.epochs
+    assert "clean_accuracy" not in steps[1] and epoch["clean_accuracy"] == steps[0]["clean_accuracy"]
 
 
 class Unlabelled(TrainerDefense):
