@@ -22,3 +22,12 @@ def register_defenses(register):  # type: ignore[no-untyped-def]
             "led astray; attack the logits that choose the mask and the robust accuracy falls"
         ),
     )
+
+
+@hookimpl
+def register_models(register):  # type: ignore[no-untyped-def]
+    register(
+        "ancra",
+        "clipdefense_ancra.resnet:load",
+        summary="the networks with reverse attention of 2310.03358: resnet18, preact-resnet18, wide-resnet28 or -34",
+    )

@@ -77,7 +77,9 @@ class ANCRA(TrainerDefense):
         ``"released"``: the released constants for ResNet-18 on CIFAR: TRADES with beta 6, eps = 8/255 in 10 steps of
             0.007, SGD 0.01 (an older text of theirs says 0.1), weight decay 2e-4, batches of 128, 120 epochs, a tenth
             of the rate from epochs 75, 90 and 100 (counted from 0). On a :class:`RAClassifier` that is the released
-            objective; TeCoA and MART bases are reconstructions. Crops and flips are the data's business.
+            objective; TeCoA and MART bases are reconstructions. On WRN-28-10 an older text of theirs has zeta 6; the
+            PreActResNet on Tiny-ImageNet was trained with lr 0.1 and weight decay 5e-4. Crops (padding 4) and flips
+            are the data set's, and on Tiny-ImageNet there are none.
 
     Both start an attack 0.001 times a normal draw away from the image. ``contrast="strict"`` is ANCRA; the other
     contrasts are smooth variants and not the published method.

@@ -1,92 +1,41 @@
-"""The ResNet with reverse attention that ANCRA was published on (arXiv 2310.03358), as a classifier of this library.
+"""A network with reverse attention (:mod:`clipdefense_ancra.networks`) as a classifier of this library.
 
-ResNet-18 for small images: 3x3 stem of stride 1, stages of 64, 128, 256 and 512 channels with two blocks each. Both
-blocks of the last stage are followed by reverse attention, and one linear layer serves every head:
-
-    z_b = block_b(h) >= 0,   p_b = fc(GAP(z_b)),   h = z_b * W_c,   c = argmax p_b (training: y),   p' = fc(GAP(h))
-
-for b = 0, 1, W the layer's weight (not normalised, not detached; its bias is not masked). No ReLU follows the mask.
-The released forward sets the module's mode as a side effect; here the mask is an argument and nothing is set.
-
-The paper's WideResNets and its PreActResNet for 64 px are not here. Why RA is not to be trusted stands in
-:mod:`clipdefense_ancra.reverse_attention`.
+Why reverse attention is not to be trusted stands in :mod:`clipdefense_ancra.reverse_attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, NoReturn
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from clipdefense.checks import check_class_names
 from clipdefense.classifier import ClassHead, ZeroShotClassifier
 from clipdefense.defenses import AttackView
-from clipdefense.errors import UsageError
+from clipdefense.errors import UsageError, check_whole, unknown_name
+from clipdefense.weights import load_strictly, parse_device, parse_dtype, read_sidecar, read_state_dict
+from clipdefense_ancra.networks import PreActResNetRA, ResNetRA, ReverseAttentionNetwork, WideResNetRA
 from clipdefense_ancra.reverse_attention import Mask, hard_mask, head_logits, views
 
 
-class Block(nn.Module):
-    """``ReLU(BN(conv(ReLU(BN(conv h)))) + shortcut(h))``."""
+class Published(NamedTuple):
+    """A network's constructor, of (classes, width), and what it was published with."""
 
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-
-    def forward(self, h: Tensor) -> Tensor:
-        inner = F.relu(self.bn1(self.conv1(h)))
-        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(h))
+    make: Callable[[int, int], ReverseAttentionNetwork]
+    width: int
+    image_size: int
+    inputs: int  # of the last layer, a unit of width
 
 
-class ResNetRA(nn.Module):
-    """ResNet-18 with reverse attention after both blocks of its last stage.
-
-    Attributes:
-        head_names: ``"final"`` (p'), ``"aux0"`` (p_0), ``"aux1"`` (p_1).
-    """
-
-    head_names: tuple[str, ...] = ("final", "aux0", "aux1")
-
-    def __init__(self, classes: int = 10, width: int = 64) -> None:
-        """
-        Args:
-            classes: K.
-            width: channels of the first stage; 64 is ResNet-18.
-        """
-        super().__init__()
-        stages = [width, 2 * width, 4 * width, 8 * width]
-        blocks, channels = [], width
-        for out in stages:
-            for stride in (1 if out == width else 2, 1):
-                blocks.append(Block(channels, out, stride))
-                channels = out
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.body = nn.Sequential(*blocks[:-2])
-        self.reverse = nn.ModuleList(blocks[-2:])
-        self.fc = nn.Linear(channels, classes)
-
-    def heads(self, x: Tensor, mask: Mask = hard_mask) -> tuple[Tensor, ...]:
-        """(p', p_0, p_1), each (N, K), for images (N, 3, H, W)."""
-        h, auxiliary = self.body(self.stem(x)), []
-        for block in self.reverse:
-            z = block(h)
-            auxiliary.append(self.fc(z.mean(dim=(2, 3))))
-            h = z * mask(auxiliary[-1], self.fc.weight)[:, :, None, None]
-        return self.fc(h.mean(dim=(2, 3))), *auxiliary
-
-    def logits(self, x: Tensor, head: str = "final") -> Tensor:
-        """(N, K) of ``"final"``, ``"aux0"``, ``"aux1"``, ``"sum"``, ``"soft"`` or ``"straight-through"``."""
-        return head_logits(self, x, head)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.heads(x)[0]
+NETWORKS = {
+    "resnet18": Published(ResNetRA, 64, 32, 8),
+    "preact-resnet18": Published(PreActResNetRA, 64, 64, 32),
+    "wide-resnet28": Published(partial(WideResNetRA, depth=28), 10, 32, 64),
+    "wide-resnet34": Published(partial(WideResNetRA, depth=34), 10, 32, 64),
+}
 
 
 class LogitHead(ClassHead):
@@ -100,40 +49,52 @@ class LogitHead(ClassHead):
 
 
 class RAClassifier(ZeroShotClassifier):
-    """:class:`ResNetRA` as a classifier on pixels in [0, 1], not normalised, for this library's trainers and attacks.
+    """A network with reverse attention on pixels in [0, 1], not normalised, for this library's trainers and attacks.
 
     ``forward`` is p' with the masks of the predicted classes, as published. It is zero-shot in nothing but the type:
     the last layer is trained, so ``embed`` gives logits, and it has no classes but its own.
 
     Attributes:
-        head_names: those of :class:`ResNetRA`.
+        head_names: those of :class:`ReverseAttentionNetwork`.
     """
 
-    head_names: tuple[str, ...] = ResNetRA.head_names
+    head_names: tuple[str, ...] = ReverseAttentionNetwork.head_names
 
-    def __init__(self, class_names: Sequence[str], *, width: int = 64, image_size: int = 32) -> None:
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        *,
+        network: str = "resnet18",
+        width: int | None = None,
+        image_size: int | None = None,
+    ) -> None:
         """
         Args:
             class_names: in label order.
-            width: see :class:`ResNetRA`.
-            image_size: side in pixels; other images are resized to it.
+            network: one of :data:`NETWORKS`.
+            width: channels of a ResNet's first stage, or a WideResNet's factor; None is as published, 64 or 10.
+            image_size: side in pixels, other images are resized to it; None is as published, 64 for the PreActResNet
+                (on Tiny-ImageNet), else 32.
 
         Raises:
-            UsageError: fewer than two names, or an image size or width below 1.
+            UsageError: an unknown network, fewer than two names, or an image size or width below 1.
         """
-        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-            raise UsageError(f"width is {width!r}; a whole number of channels of at least 1 is expected (64).")
-        count = len(class_names)
+        if network not in NETWORKS:
+            raise unknown_name("network", str(network), NETWORKS)
+        published = NETWORKS[network]
+        width = published.width if width is None else width
+        check_whole("width", width, 1)
+        names = check_class_names(class_names)
         super().__init__(
-            ResNetRA(count, width),
-            torch.eye(count),
-            class_names=class_names,
-            image_size=image_size,
+            published.make(len(names), width),
+            torch.eye(len(names)),
+            class_names=names,
+            image_size=published.image_size if image_size is None else image_size,
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),
-            source=f"clipdefense_ancra:ResNetRA(width={width})",
+            source=f"ancra:{network}",
         )
-        self.head = LogitHead(class_names)
+        self.head = LogitHead(names)
 
     def heads(self, x: Tensor, mask: Mask = hard_mask) -> tuple[Tensor, ...]:
         """(p', p_0, p_1), each (N, K) in at least float32, for images (N, 3, H, W) in [0, 1]."""
@@ -141,7 +102,7 @@ class RAClassifier(ZeroShotClassifier):
         return tuple(p.to(torch.promote_types(p.dtype, torch.float32)) for p in heads)
 
     def logits(self, x: Tensor, head: str = "final") -> Tensor:
-        """(N, K) of a head or surrogate, see :meth:`ResNetRA.logits`."""
+        """(N, K) of a head or surrogate, see :meth:`ReverseAttentionNetwork.logits`."""
         return head_logits(self, x, head)
 
     def adaptive(self) -> tuple[AttackView, ...]:
@@ -157,3 +118,52 @@ class RAClassifier(ZeroShotClassifier):
             "this classifier's last layer is trained for its own classes, so it takes no other names; build an "
             "RAClassifier of those names and train it."
         )
+
+
+def load(
+    name: str,
+    weights: str | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    width: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> RAClassifier:
+    """``ancra:NETWORK`` is untrained, ``ancra:NETWORK@FILE`` a model saved by this library.
+
+    Args:
+        name: one of :data:`NETWORKS`.
+        weights: a saved model's file.
+        classes: names of the classes; a saved model has its own and takes no others.
+        width, image_size: see :class:`RAClassifier`; a saved model brings its own.
+        seed: of untrained weights; the global generator is left alone.
+        device, dtype: of the network; None is the CPU and float32.
+
+    Raises:
+        UsageError: an unknown network, no classes or other ones than a saved model's, a file that cannot be read or
+            does not fit.
+    """
+    if name not in NETWORKS:
+        raise unknown_name("network", name, NETWORKS)
+    place, state = parse_device(device), {}
+    if weights is not None:
+        what, sidecar, state = f"checkpoint {weights}", read_sidecar(weights), read_state_dict(weights)
+        if "tower.fc.weight" not in state or "class_names" not in sidecar:
+            raise UsageError(f"{what} is not a saved model of ancra:{name}: it has no last layer, or no class names.")
+        stored = [str(label) for label in sidecar["class_names"]]
+        if classes is not None and list(classes) != stored:
+            raise UsageError(f"classes differ from those that the last layer of {what} is trained for; leave them out.")
+        classes, image_size = stored, image_size or sidecar.get("image_size")
+        width = max(state["tower.fc.weight"].shape[1] // NETWORKS[name].inputs, 1)
+    if classes is None:
+        raise UsageError(f"classes is None, but ancra:{name} brings no class names of its own; pass classes=[...].")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = RAClassifier(classes, network=name, width=width, image_size=image_size)
+    if state:
+        load_strictly(model, state, what)
+        model.source = f"ancra:{name}@{weights}"
+    model.tower.to(dtype=parse_dtype(dtype))
+    return model.to(place).eval()

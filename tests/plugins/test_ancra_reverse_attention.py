@@ -384,7 +384,7 @@ def test_bad_input(network: RAClassifier, tiny_model: cd.ZeroShotClassifier, sma
         ANCRA(network, contrast="feature")
     with pytest.raises(UsageError, match="last layer is trained for its own classes"):
         network.with_classes(["x", "y"])
-    with pytest.raises(UsageError, match="width is 0; a whole number of channels"):
+    with pytest.raises(UsageError, match="width is 0; a whole number of at least 1"):
         RAClassifier(NAMES, width=0)
     with pytest.raises(UsageError, match="classes has the one class 'a'; a classifier needs at least two"):
         RAClassifier(["a"], width=4)
