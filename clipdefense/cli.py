@@ -15,12 +15,8 @@ from clipdefense.errors import UsageError, check_options
 from clipdefense.plugins import KINDS, registry
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from clipdefense.attacks.options import Progress
     from clipdefense.classifier import ZeroShotClassifier
     from clipdefense.data import ImageDataset
-    from clipdefense.evaluation import Evaluation
 
 Model = Annotated[
     str,
@@ -34,23 +30,6 @@ Seed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Of images d
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; a GPU when there is one.")]
 Split = Annotated[str | None, typer.Option("--split", help="train or test, where the data set has both.")]
 Size = Annotated[int | None, typer.Option("--size", min=1, help="Resize and crop to this side; native otherwise.")]
-Attacks = Annotated[
-    list[str] | None,
-    typer.Option("--attack", "-a", help="A name, and options: pgd,steps=100,objective=margin. Repeatable."),
-]
-Views = Annotated[
-    list[str] | None, typer.Option("--view", help="An adaptive view of the defence, repeatable; all otherwise.")
-]
-Cumulative = Annotated[
-    bool, typer.Option("--cumulative", help="Each attack only on images that those before it left standing.")
-]
-AuditFlag = Annotated[bool, typer.Option("--audit", help="Audit it too; INVALID withholds the robust accuracies.")]
-AdaptiveFlag = Annotated[
-    bool,
-    typer.Option(
-        "--adaptive", help="Attack through the defence in every known way: more EOT draws, black box, embeddings."
-    ),
-]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="key=value for the defence or method. Repeatable.")
@@ -147,114 +126,12 @@ def plugins() -> None:
             console.print(f"[red]empty[/red]: {escape(title)} registers nothing", soft_wrap=True)
 
 
-def evaluate(
-    model: Model,
-    data: Data,
-    attack: Attacks = None,
-    eps: Eps = "1/255",
-    norm: NormName = "linf",
-    defense: Annotated[str | None, typer.Option("--defense", help="A test-time defence to judge, e.g. ttc.")] = None,
-    option: Options = None,
-    n: Count = None,
-    split: Split = None,
-    size: Size = None,
-    view: Views = None,
-    cumulative: Cumulative = False,
-    eot: Annotated[int | None, typer.Option("--eot", min=1, help="Gradient draws a step on adaptive views.")] = None,
-    adaptive: AdaptiveFlag = False,
-    audit: AuditFlag = False,
-    verdict_seeds: Annotated[int, typer.Option(min=1, help="Draws that judge a randomised defence.")] = 5,
-    seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 128,
-    device: Device = None,
-    out: Annotated[Path | None, typer.Option("--out", dir_okay=False, help="Write the result as JSON here.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", dir_okay=False, help="Write one HTML page here.")] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Clean and robust accuracy of a model, or of a test-time defence around it.
-
-    A test-time defence is judged on transferred images and by an attacker who knows it. Example:
-
-    clipdefense evaluate -m open_clip:ViT-B-32-quickgelu@openai -d torchvision:cifar10 --defense ttc --n 200
-    """
-    from rich.console import Console
-
-    from clipdefense.commands.audit import examine
-    from clipdefense.evaluation import evaluate as run
-    from clipdefense.evaluation.runner import parse_attacks
-    from clipdefense.threat import ThreatModel, parse_eps
-
-    threat = ThreatModel(norm, parse_eps(eps))  # type: ignore[arg-type]
-    specs = parse_attacks(attack or ("pgd,steps=10", "apgd-ce"), threat)
-    target = _device(device)
-    if option and defense is None:
-        raise _needs_defense("--option")
-    _check_places(out, html)
-    cls = None if defense is None else _kind(defense, "test-time")
-    classifier, images = _load(model, data, n, seed, split, size, target)
-    if defense is None and not callable(getattr(classifier, "adaptive", None)):
-        _only_with_a_defense(view=view, eot=eot)
-    chosen = None if cls is None else _construct(cls, str(defense), classifier, **_options(option))
-    with Console(stderr=True, quiet=quiet).status("loading"):
-        x, y = (tensor.to(target) for tensor in images.tensors())
-    settings: dict[str, Any] = {"views": view, "cumulative": cumulative, "adaptive": adaptive, "eot": eot}
-    settings |= {"verdict_seeds": verdict_seeds, "seed": seed, "batch_size": batch_size, "ids": images.ids}
-    settings |= {"defense": chosen, "name": defense or model}
-    settings |= {} if quiet else {"progress": lambda text: typer.echo(text, err=True)}
-    with _watch(quiet) as watch:
-        result = run(classifier, x, y, threat, attacks=specs, watch=watch, **settings)
-    if audit:
-        result = result.audited(examine(classifier, x, y, threat, chosen, seed, quiet))
-    _publish(
-        result,
-        f"{defense or 'no defence'} on {model}, {data}, {len(x)} images.",
-        {"data": data, "split": split, "size": size},
-        out,
-        html,
-    )
-
-
-def _watch(quiet: bool) -> AbstractContextManager[Progress | None]:
-    """A bar for each attack on a terminal; where stderr goes to a file, only what begins is written."""
-    from contextlib import nullcontext
-
-    from clipdefense.attacks import progress_bar
-
-    if quiet:
-        return nullcontext()
-    return progress_bar() if sys.stderr.isatty() else nullcontext(lambda status: None)
-
-
-def _only_with_a_defense(**given: Any) -> None:
-    for flag, value in given.items():
-        if value:
-            raise _needs_defense(f"--{flag}")
-
-
-def _needs_defense(flag: str) -> UsageError:
-    return UsageError(f"{flag} is for a defence; name one with --defense, or put an attack's behind --attack.")
-
-
-def _check_places(*places: Path | None) -> None:
+def check_places(*places: Path | None) -> None:
     """Results can be written where they are to go, so that nothing is lost after an hour's work."""
     for place in filter(None, places):
         nearest = next(folder for folder in place.absolute().parents if folder.exists())
         if not nearest.is_dir() or not os.access(place if place.exists() else nearest, os.W_OK):
             raise UsageError(f"{str(place)!r} cannot be written; name a place where it can.")
-
-
-def _publish(result: Evaluation, summary: str, of: dict[str, Any], out: Path | None, html: Path | None) -> None:
-    """The table on the screen, the JSON and the page where they were asked for."""
-    from rich.console import Console
-
-    from clipdefense.evaluation import report
-    from clipdefense.files import write_json
-
-    Console().print(report.table([result]))
-    if out is not None:
-        write_json(out, {**of, **result.to_dict()})
-    if html is not None:
-        report.write_html(html, report.Page(f"clipdefense: {result.name}", [summary], [result]))
 
 
 def train(
@@ -291,7 +168,7 @@ def train(
     from clipdefense.training.state import MODEL_FILE
 
     cls = _kind(method, "trainer")
-    _check_places(out)
+    check_places(out)
     given = {"norm": norm, "eps": None if eps is None else parse_eps(eps), "steps": attack_steps}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if changes:

@@ -23,9 +23,9 @@ def register_attacks(register: Register) -> None:
 @hookimpl
 def register_commands(register: Register) -> None:
     register("plugins", "clipdefense.cli:plugins", summary="list what is installed")
-    register("evaluate", "clipdefense.cli:evaluate", summary="clean and robust accuracy of a model or a defence")
+    register("evaluate", "clipdefense.commands.evaluate:evaluate", summary="clean and robust accuracy, kept or shown")
     register("train", "clipdefense.cli:train", summary="fine-tune an image tower with a trainer defence")
-    register("run", "clipdefense.commands.run:run", summary="many evaluations at once, resumable and in shards")
+    register("report", "clipdefense.commands.report:report", summary="a run's summaries and page, made again")
     register("merge", "clipdefense.commands.merge:merge", summary="join the shards of a run")
     register("verify", "clipdefense.commands.verify:verify", summary="prove every broken image of a run again")
     register("compare", "clipdefense.commands.compare:compare", summary="which images changed verdict between runs")

@@ -134,7 +134,7 @@ def test_evaluate_prints_a_table_and_writes_what_it_printed(
     done = clipdefense(*request, *extra)
     assert done.code == 0, done.err
     result = json.loads(out.read_text())
-    assert result["eps"] == 8 / 255 and result["name"] == "ttc" and result["data"].startswith("folder:")
+    assert result["eps"] == 8 / 255 and " | ttc | " in result["name"] and result["data"].startswith("folder:")
     assert result["fingerprint"]["model"].startswith("open_clip:")
     views = [
         f"adaptive view {name}, 2 EOT draws" for name in ("bpda-eot", "smoothed", "gate-evasion", "gate-forced-on")
@@ -212,7 +212,11 @@ def test_train_writes_weights_that_evaluate_reads(
         ({"attack": "pgd,steps=many"}, [], "steps is 'many'; a whole number of at least 0 is expected"),
         ({"attack": "art:DeepFol"}, [], "DeepFool"),
         ({"defense": "tcc"}, [], "defence 'tcc' is unknown; did you mean 'ttc'"),
-        ({"defense": "tecoa"}, [], "'tecoa' is not a test-time defence; `clipdefense train --method tecoa`"),
+        (
+            {"defense": "tecoa"},
+            [],
+            "'tecoa' is not a test-time defence; train with it (`clipdefense train --method tecoa`)",
+        ),
         (
             {"defense": "ttc"},
             ["-o", "threshhold=1"],
@@ -223,8 +227,8 @@ def test_train_writes_weights_that_evaluate_reads(
         ({"defense": "ttc"}, ["-o", "eps=many"], "eps is 'many'; a number in [0, 1] pixel units is expected"),
         ({"defense": "ttc"}, ["-o", "eps=4"], "did you mean 4/255"),
         ({}, ["-o", "steps=2"], "--option is for a defence; name one with --defense"),
-        ({}, ["--view", "bpda-eot"], "--view is for a defence; name one with --defense"),
-        ({"eot": "3"}, [], "--eot is for a defence; name one with --defense"),
+        ({}, ["--view", "bpda-eot"], "views is ['bpda-eot'], but no defence is judged"),
+        ({"eot": "3"}, [], "eot is 3, but no defence is judged"),
         ({"defense": "ttc"}, ["-o", "seed=abc"], "seed is 'abc'; a whole number is expected"),
         ({}, ["--seed", "99999999999999999999"], "'--seed': "),
         ({"device": "meta"}, [], "--device 'meta' cannot be used here"),
@@ -240,7 +244,7 @@ def test_train_writes_weights_that_evaluate_reads(
         ({"size": None, "data": "folder:MIXED"}, [], "several shapes"),
         ({"split": "validation"}, [], "validation"),
         ({"device": "gpu7"}, [], "--device 'gpu7' cannot be used here"),
-        ({"model": None}, [], "Missing option '--model' / '-m'. `clipdefense evaluate --help`"),
+        ({"model": None}, [], "Missing option '--model' / '-m', or a TOML file. `clipdefense evaluate --help`"),
         ({}, ["--epps", "1"], "--epps"),
         ({}, ["--out", "."], "'.' is a directory"),
     ],

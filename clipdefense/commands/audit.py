@@ -51,7 +51,7 @@ def audit(
     target = cli._device(device)
     if option and defense is None:
         raise UsageError("--option is for a defence; name one with --defense.")
-    cli._check_places(out)
+    cli.check_places(out)
     cls = None if defense is None else cli._kind(defense, "test-time")
     classifier, images = cli._load(model, data, n, seed, split, size, target)
     chosen = None if cls is None else cli._construct(cls, str(defense), classifier, **cli._options(option))

@@ -19,7 +19,9 @@ def merge(
     from rich.console import Console
 
     from clipdefense.runs.merge import merge as join
+    from clipdefense.runs.page import write_page
     from clipdefense.runs.show import tables
 
     join(sources, out)
+    write_page(out)
     tables(Console(), out)

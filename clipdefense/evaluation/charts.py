@@ -112,9 +112,12 @@ def _finish(figure: Figure, axes: Axes) -> Figure:
 
 def svg(figure: Figure) -> str:
     """The figure as an SVG element on a transparent ground, its ink taken from the page."""
+    from matplotlib import rc_context
+
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
+    with rc_context({"svg.hashsalt": "clipdefense"}):  # the same figure is the same text
+        figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
     text = buffer.getvalue()
     # every figure numbers its parts from the start, and a page has several: a digest of the figure keeps them apart
     return _apart(text[text.index("<svg") :].replace(INK, "currentColor"))

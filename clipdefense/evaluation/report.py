@@ -24,20 +24,14 @@ def percent(row: Row) -> str:
     return f"{100 * row.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def said(evaluation: Evaluation, row: Row, withheld: Mapping[str, str]) -> str:
-    """What stands in the accuracy column: the number with its interval, unless an audit withholds it.
-
-    Args:
-        evaluation: what the row belongs to.
-        row: one of :func:`rows_of`.
-        withheld: why, by the name of the evaluation.
-    """
-    return percent(row) if kept(evaluation, row, withheld) else WITHHELD
+def said(evaluation: Evaluation, row: Row) -> str:
+    """What stands in the accuracy column: the number with its interval, unless an audit withholds it."""
+    return percent(row) if kept(evaluation, row) else WITHHELD
 
 
-def kept(evaluation: Evaluation, row: Row, withheld: Mapping[str, str]) -> bool:
-    """Whether a row's accuracy may be shown; the clean one always is."""
-    return row is evaluation.clean or not (evaluation.withheld or withheld.get(evaluation.name))
+def kept(evaluation: Evaluation, row: Row) -> bool:
+    """Whether the accuracy of one of :func:`rows_of` may be shown; the clean one always is."""
+    return row is evaluation.clean or not evaluation.withheld
 
 
 def rows_of(evaluation: Evaluation) -> list[tuple[str, Row, bool]]:
@@ -70,13 +64,8 @@ def notes_of(evaluations: Sequence[Evaluation]) -> list[str]:
     return notes
 
 
-def table(evaluations: Sequence[Evaluation], withheld: Mapping[str, str] | None = None) -> Table:
-    """All evaluations as one table: what, attack, what was attacked, n, accuracy with its interval.
-
-    Args:
-        evaluations: under one threat model.
-        withheld: as in :func:`said`.
-    """
+def table(evaluations: Sequence[Evaluation]) -> Table:
+    """All evaluations as one table: what, attack, what was attacked, n, accuracy with its interval."""
     shown = Table(title=f"Accuracy in %, 95 % Wilson interval; {evaluations[0].threat}", title_justify="left")
     for column in ("judged", "attack", "what the attacker had"):
         shown.add_column(column, overflow="fold")
@@ -87,9 +76,7 @@ def table(evaluations: Sequence[Evaluation], withheld: Mapping[str, str] | None 
             label = evaluation.name if index == 0 else ""
             seeds = len(row.correct)
             n = f"{evaluation.n}" + (f" x {seeds} seeds" if seeds > 1 else "")
-            cells = map(
-                escape, (label, attack, attacker(evaluation, row, bottom), n, said(evaluation, row, withheld or {}))
-            )
+            cells = map(escape, (label, attack, attacker(evaluation, row, bottom), n, said(evaluation, row)))
             shown.add_row(*cells, style="bold" if bottom else None)
         shown.add_section()
     if notes := notes_of(evaluations):
@@ -152,7 +139,6 @@ class Page:
         curves, curve_caption: accuracy against eps.
         strips, strip_caption: pictures.
         facts: what the numbers depend on.
-        withheld: as in :func:`said`.
         before, after: further parts, before and after the main table.
     """
 
@@ -164,7 +150,6 @@ class Page:
     strips: Sequence[Strip] = ()
     strip_caption: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
-    withheld: Mapping[str, str] = field(default_factory=dict)
     before: Sequence[Section] = ()
     after: Sequence[Section] = ()
 
@@ -191,8 +176,8 @@ def write_html(path: Path, page: Page) -> None:
         rows_of=rows_of,
         attacker=attacker,
         notes=notes_of(page.evaluations),
-        said=lambda evaluation, row: said(evaluation, row, page.withheld),
-        kept=lambda evaluation, row: kept(evaluation, row, page.withheld),
+        said=said,
+        kept=kept,
         picture=png,
     )
     write_text(path, html)

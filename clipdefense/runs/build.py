@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from clipdefense.data import ImageDataset
+from clipdefense.data.protocols import get_protocol
 from clipdefense.defenses import TestTimeDefense
 from clipdefense.errors import UsageError, check_options
 from clipdefense.evaluation.fingerprint import constructed, fingerprint, machine
+from clipdefense.evaluation.roles import check_roles
 from clipdefense.evaluation.runner import AttackSpec
 from clipdefense.evaluation.targets import has_views, is_randomized, select, views_of
 from clipdefense.plugins import get_defense, load_dataset, load_model, split_spec
-from clipdefense.runs.config import NO_DEFENSE, DatasetTable, DefenseTable, RunConfig
+from clipdefense.runs.config import NO_DEFENSE, DatasetTable, DefenseTable, ModelTable, RunConfig
 from clipdefense.runs.units import Cell
 from clipdefense.threat import ThreatModel
 
@@ -79,12 +82,33 @@ class Builder:
             split_spec("models", model.spec)
         for defense in config.defenses:
             _defense_class(defense)
-        self.datasets = {table.label: self._dataset(table) for table in config.datasets}
+        self.protocol = None if config.protocol is None else get_protocol(config.protocol)
+        self.datasets = self._datasets()
         self.shapes = {label: _shape(dataset) for label, dataset in self.datasets.items()}
         self._model: tuple[tuple[str, str], nn.Module] | None = None
         self._subject: tuple[int, Subject] | None = None
 
+    def _datasets(self) -> dict[str, ImageDataset]:
+        found: dict[str, ImageDataset] = {}
+        missing: dict[str, UsageError] = {}
+        for table in self.config.datasets:
+            try:
+                found[table.label] = self._dataset(table)
+            except UsageError as error:
+                missing[table.label] = error
+        if len(missing) > 1:
+            raise UsageError(
+                f"{len(missing)} data sets cannot be loaded: {', '.join(missing)}; name those that you have (datasets "
+                f"in a TOML file, or --data). The first: {next(iter(missing.values()))}"
+            )
+        for problem in missing.values():
+            raise problem
+        return found
+
     def _dataset(self, table: DatasetTable) -> ImageDataset:
+        if self.protocol is not None:
+            images = self.protocol.dataset(table.spec, self.config.root)
+            return images if table.n is None else images.sample(table.n, seed=self.config.seed)
         given = {"split": table.split, "size": table.size}
         dataset = load_dataset(table.spec, **{k: v for k, v in given.items() if v is not None}, **table.options)
         return dataset if table.n is None else dataset.sample(table.n, seed=self.config.seed)
@@ -94,10 +118,17 @@ class Builder:
         key = (cell.model.label, cell.dataset.label)
         if self._model is None or self._model[0] != key:
             self._model = self._subject = None  # the old one's memory goes before the new one's is taken
-            classes = self.datasets[cell.dataset.label].classes
-            model = load_model(cell.model.spec, classes=classes, device=self.device, **cell.model.options)
+            images = self.datasets[cell.dataset.label]
+            options = {**self._prompts(cell.model, images), **cell.model.options}
+            model = load_model(cell.model.spec, classes=images.classes, device=self.device, **options)
             self._model = key, model
         return self._model[1]
+
+    def _prompts(self, table: ModelTable, images: ImageDataset) -> Facts:
+        """The protocol's prompts, for a model that has a text tower to read them with."""
+        plugin = split_spec("models", table.spec)[0].load()
+        takes = "templates" in inspect.signature(plugin).parameters
+        return {"templates": list(self.protocol.templates(images))} if self.protocol is not None and takes else {}
 
     def subject(self, cell: Cell) -> Subject:
         """What the cell judges."""
@@ -105,8 +136,10 @@ class Builder:
             model = self.model(cell)
             defense = _construct(cell.defense, model)
             threat = cell.threat.threat
-            attacks = self.config.attacks_of(cell.threat)
-            draws = self.config.verdict_seeds if is_randomized(model, defense) else 1
+            check_roles(model, threat, defense, cell.defense.views, cell.defense.eot)
+            randomized = is_randomized(model, defense)
+            attacks = self.config.attacks_of(cell.threat, cell.dataset, randomized=randomized)
+            draws = self.config.verdict_seeds if randomized else 1
             seeds = range(self.config.seed, self.config.seed + draws)
             facts = self._facts(cell, model, defense, attacks)
             self._subject = cell.number, Subject(model, defense, threat, attacks, seeds, facts)
@@ -120,6 +153,7 @@ class Builder:
             views={view.name: cell.defense.eot or view.eot for view in views},
             attacker_knows=bool(views) or (defense is None and not has_views(model)),
             attacks=[str(spec) for spec in attacks],
+            cumulative=self.config.cumulative,
         )
         # of the machine only the versions: where a unit was computed is in the store, unit by unit
         return {key: value for key, value in facts.items() if key not in ("machine", "device")}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from clipdefense.attacks.foreign import within_budget
 from clipdefense.errors import UsageError, unknown_name
+from clipdefense.evaluation.results import Row
 from clipdefense.evaluation.statistics import mcnemar
 from clipdefense.runs.build import Builder, choose_device
 from clipdefense.runs.decode import Decoder
@@ -93,11 +94,11 @@ def compare(a: str | Path, b: str | Path, *, cell_a: str | None = None, cell_b: 
         common, left, right = np.intersect1d(one.samples, two.samples, return_indices=True)
         if (one.labels[left] != two.labels[right]).any():
             raise UsageError(f"{one.cell.name!r} and {two.cell.name!r} have other labels for the same image numbers.")
-        rows = {named[:2]: number for number, named in enumerate(two.attacks)}
+        theirs_by_name = {(row.attack, row.attacked): row for row in two.evaluation.rows}
         judged = [
-            (*named[:2], standing(one, [number]), standing(two, [rows[named[:2]]]))
-            for number, named in enumerate(one.attacks)
-            if named[:2] in rows
+            (*name, standing(one, [row]), standing(two, [theirs_by_name[name]]))
+            for row in one.evaluation.rows
+            if (name := (row.attack, row.attacked)) in theirs_by_name
         ]
         judged.append((WORST, "all attacks", standing(one, None), standing(two, None)))
         for attack, attacked, ours, theirs in judged:
@@ -108,11 +109,12 @@ def compare(a: str | Path, b: str | Path, *, cell_a: str | None = None, cell_b: 
     return changes
 
 
-def standing(cell: CellResult, numbers: Sequence[int] | None) -> NDArray[np.bool_]:
-    """(n,) right on the clean image and under these attacks, on every seed; None takes all attacks."""
+def standing(cell: CellResult, rows: Sequence[Row] | None) -> NDArray[np.bool_]:
+    """(n,) right on the clean image and in these rows of the cell's evaluation, on every seed; None takes all."""
     evaluation = cell.evaluation
-    rows = evaluation.rows if numbers is None else [evaluation.rows[number] for number in numbers]
-    right = np.concatenate([evaluation.clean.correct, *(row.correct for row in rows)])
+    right = np.concatenate(
+        [evaluation.clean.correct, *(row.correct for row in (evaluation.rows if rows is None else rows))]
+    )
     return np.asarray(right.all(axis=0))
 
 

@@ -11,23 +11,31 @@ size = 224
 
 [[threats]]
 eps = "1/255"
+
+Or, where a protocol says all of that but models and defences:
+
+models = ["open_clip:ViT-B-32-quickgelu@openai"]
+protocol = "ttc-224"
+datasets = ["cifar10", "eurosat"]
+root = "/data"
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from clipdefense.attacks.engine import UNIT
+from clipdefense.data.protocols import Protocol, get_protocol
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.evaluation.runner import AttackSpec, literal, parse_attacks
-from clipdefense.threat import ThreatModel, format_eps, parse_eps
+from clipdefense.threat import Norm, ThreatModel, format_eps, parse_eps
 
 NO_DEFENSE = "none"
 """The defence that stands for the model itself."""
@@ -81,7 +89,7 @@ class ModelTable(_Named):
 
 
 class DatasetTable(_Named):
-    """``[[datasets]]``.
+    """``[[datasets]]``; under a protocol ``spec`` is the protocol's own name of it, and only ``n`` can be chosen.
 
     Attributes:
         split, size: as the dataset plugin takes them.
@@ -97,7 +105,7 @@ class DefenseTable(_Named):
     """``[[defenses]]``: a test-time defence by name, or ``"none"`` for the model itself.
 
     Attributes:
-        views: adaptive views to attack; all where not given.
+        views: adaptive views to attack, of the defence or of a model that has some; all where not given.
         eot: gradient draws a step on them; each view's own number where not given.
     """
 
@@ -106,8 +114,8 @@ class DefenseTable(_Named):
 
     @model_validator(mode="after")
     def _none_has_nothing(self) -> DefenseTable:
-        if self.spec == NO_DEFENSE and (self.options or self.views is not None or self.eot is not None):
-            raise UsageError("defence 'none' has options, views or eot; they are for a test-time defence only.")
+        if self.spec == NO_DEFENSE and self.options:
+            raise UsageError("defence 'none' has options; they are for a test-time defence only.")
         return self
 
 
@@ -128,7 +136,7 @@ class ThreatTable(_Table):
         attacks: under this threat model; the run's where not given.
     """
 
-    norm: Literal["linf", "l2"] = "linf"
+    norm: str = "linf"
     eps: Radius
     step_size: Annotated[float | None, BeforeValidator(_number)] = None
     steps: int = 10
@@ -138,7 +146,7 @@ class ThreatTable(_Table):
 
     @cached_property
     def threat(self) -> ThreatModel:
-        return ThreatModel(self.norm, self.eps, self.step_size, self.steps, self.restarts)
+        return ThreatModel(cast(Norm, self.norm), self.eps, self.step_size, self.steps, self.restarts)
 
     @property
     def label(self) -> str:
@@ -155,8 +163,14 @@ class RunConfig(_Table):
 
     Attributes:
         models, defenses, datasets, threats: the four tables; every combination is a cell of the run.
+        protocol: a preset that says data sets, threat models, attacks, and how they are counted (``tecoa-native``,
+            ``tga-224``, ``ttc-224``, ``robustvlm-1k``, ``clipdefense-1``); of its data sets and threat models some may
+            be chosen, the rest is not to be given.
+        root: the folder that holds the protocol's data sets.
+        also: attacks besides the protocol's.
         attacks: names with options, such as ``"pgd,steps=100"``.
         seed: of images drawn, attacks and defence noise.
+        cumulative: each attack only on images that those before it left standing, as AutoAttack counts.
         adaptive: attack a defence with all that an adaptive evaluation does, see :func:`clipdefense.evaluate`.
         verdict_seeds: draws over which a randomised defence is judged.
         unit: consecutive images that are decoded, attacked and committed together; 512 at most.
@@ -176,6 +190,10 @@ class RunConfig(_Table):
     )
     threats: list[ThreatTable] = Field([ThreatTable(eps=1 / 255)], min_length=1)
     attacks: list[str] = Field(["pgd,steps=10", "apgd-ce"], min_length=1)
+    protocol: str | None = None
+    root: str | None = None
+    also: list[str] = []
+    cumulative: bool = False
     adaptive: bool = False
     seed: int = Field(0, ge=0, le=2**62)
     verdict_seeds: int = Field(5, ge=1)
@@ -183,6 +201,12 @@ class RunConfig(_Table):
     save_adv: bool = False
     exhibits: bool = True
     batch_size: int = Field(128, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_protocol(cls, content: Any) -> Any:
+        named = content.get("protocol") if isinstance(content, Mapping) else None
+        return content if not isinstance(named, str) else {**content, **_fixed(get_protocol(named), content)}
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -193,15 +217,62 @@ class RunConfig(_Table):
                     raise UsageError(f"{table} has {label!r} {count} times; give each a name= of its own.")
         for row in self.threats:
             _check_attacks(self.attacks, row.threat)
+            _check_attacks(self.also or None, row.threat)
+        if self.protocol is None and (self.also or self.root is not None):
+            raise UsageError(
+                "also and root are for a protocol; without one, attacks and each data set's spec say it all."
+            )
         return self
 
-    def attacks_of(self, row: ThreatTable) -> list[AttackSpec]:
-        """The attacks under one of the threat models."""
-        return parse_attacks(self.attacks if row.attacks is None else row.attacks, row.threat)
+    def attacks_of(self, row: ThreatTable, dataset: DatasetTable, *, randomized: bool = False) -> list[AttackSpec]:
+        """The attacks under one of the threat models, on a data set, on what draws or does not."""
+        attacks: Sequence[str] = self.attacks if row.attacks is None else row.attacks
+        if self.protocol is not None:
+            attacks = get_protocol(self.protocol).attacks_on(dataset.spec, randomized=randomized)
+        return list(dict.fromkeys(parse_attacks([*attacks, *self.also], row.threat)))
 
     def facts(self) -> dict[str, Any]:
         """What two parts of one run must have in common: every key that a verdict may depend on."""
         return self.model_dump(mode="json", exclude={"batch_size", "exhibits"})
+
+
+def _fixed(protocol: Protocol, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that a protocol says.
+
+    Raises:
+        UsageError: one of them is given and says otherwise.
+    """
+    said: dict[str, Any] = {
+        "attacks": list(protocol.attacks),
+        "cumulative": protocol.cumulative,
+        "adaptive": protocol.adaptive,
+        "verdict_seeds": protocol.verdict_seeds,
+    }
+    for key, value in said.items():
+        if key in content and content[key] != value:
+            raise UsageError(
+                f"key {key!r} is {content[key]!r}, but protocol {protocol.name!r} says {value!r}; leave it out, or "
+                "leave the protocol out and say everything."
+            )
+    said["datasets"] = content.get("datasets") or list(protocol.datasets)
+    for row in said["datasets"]:
+        table = _table(row)
+        if isinstance(table, Mapping) and "spec" in table:
+            protocol.rule(str(table["spec"]))
+            for key in ("split", "size", "options"):
+                if table.get(key):
+                    raise UsageError(
+                        f"datasets has the key {key!r}, which protocol {protocol.name!r} says; leave it out."
+                    )
+    known = {(threat.norm, threat.eps): threat for threat in protocol.threats}
+    everything = [{"norm": norm, "eps": eps} for norm, eps in known]
+    said["threats"] = content.get("threats") or everything
+    for row in said["threats"]:
+        table = ThreatTable.model_validate(row)
+        if known.get((table.threat.norm, table.eps)) != table.threat or table.attacks is not None:
+            radii = ", ".join(str(threat) for threat in protocol.threats)
+            raise UsageError(f"threat model {table.label} is not one of protocol {protocol.name!r}; it has {radii}.")
+    return said
 
 
 def read_config(source: str | Path | Mapping[str, Any], **changes: Any) -> RunConfig:
@@ -251,6 +322,9 @@ def _in_words(where: str, error: ValidationError) -> UsageError:
             f"{where}: key", key, [f"{key.rpartition('.')[0]}.{n}".lstrip(".") for n in table.model_fields]
         )
     if first["type"] == "missing":
+        if len(parts) == 1:
+            flag = {"models": "--model", "datasets": "--data (or --protocol)"}[key]
+            return UsageError(f"{where}: key {key!r} is missing; it has no default: give it in a TOML file, or {flag}.")
         return UsageError(f"{where}: key {key!r} is missing; it has no default.")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UsageError):

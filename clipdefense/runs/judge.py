@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clipdefense.attacks.context import predict
 from clipdefense.attacks.objectives import margin
+from clipdefense.attacks.options import Status
 from clipdefense.evaluation.results import Row
 from clipdefense.evaluation.runner import evaluate
 from clipdefense.evaluation.targets import TRANSFER
@@ -18,8 +21,15 @@ from clipdefense.runs.bank import Broken
 from clipdefense.runs.build import Subject
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.decode import Batch
+from clipdefense.runs.results import AFTER, still_standing
 from clipdefense.runs.store import Finished, Named, Verdict
 from clipdefense.runs.units import Cell
+
+
+class Say(Protocol):
+    """Told what begins, and how far it is where that is known."""
+
+    def __call__(self, what: str, status: Status | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,8 @@ def look(subject: Subject, x: Tensor, y: Tensor, ids: Tensor, seeds: range, batc
 class _Record:
     """A unit's verdicts, attack after attack."""
 
-    def __init__(self, subject: Subject, x: Tensor, y: Tensor, ids: Tensor, bucket: int) -> None:
+    def __init__(self, subject: Subject, x: Tensor, y: Tensor, ids: Tensor, bucket: int, cumulative: bool) -> None:
+        self.cumulative, self.left = cumulative, np.ones((0, 0), bool)
         self.subject, self.x, self.y, self.ids, self.bucket = subject, x, y, ids, bucket
         self.clean = self.look(x).predicted
         self.verdicts: list[Verdict] = []
@@ -62,7 +73,7 @@ class _Record:
         return look(self.subject, x, self.y, self.ids, self.subject.seeds, self.bucket)
 
     def add(self, row: Row) -> None:
-        """One attack on one target."""
+        """One attack on one target; of a cumulative row the store gets what was said of its own images."""
         assert row.adversarial is not None
         number = len(self.attacks)
         named = (row.attack, row.attacked, row.kind, row.draws)
@@ -74,7 +85,11 @@ class _Record:
         delta = row.adversarial.to(self.x.device) - self.x
         seen = self.look(self.x + delta)
         right, label = seen.predicted == self.y.cpu(), self.y.tolist()
-        self.unrepeatable += int((right.numpy() != row.correct).any(axis=0).sum())
+        if self.cumulative:
+            before = self.left if row.attack.startswith(AFTER) else (self.clean == self.y.cpu()).numpy()
+            self.left = still_standing(right.numpy(), before)
+        expected = self.left if self.cumulative else right.numpy()
+        self.unrepeatable += int((expected != row.correct).any(axis=0).sum())
         moved = delta.flatten(1).any(dim=1).cpu()
         tried = (self.clean == self.y.cpu()).any(dim=0)
         steps = [None if known else 0 for known in tried.tolist()]
@@ -100,14 +115,17 @@ def _attacked(
     images: tuple[Tensor, Tensor, Tensor],
     config: RunConfig,
     bucket: int,
-    progress: Callable[[str], None],
+    progress: Say,
+    first: bool,
 ) -> _Record:
     x, y, ids = images
-    record = _Record(subject, x, y, ids, bucket)
+    record = _Record(subject, x, y, ids, bucket, config.cumulative)
+    title = cell.model.label if subject.defense is None else cell.defense.label
     restart: Callable[[], None] = getattr(subject.defense, "reset", lambda: None)
     # one at a time, since the images that an attack leaves are as large as the unit; but what an adaptive evaluation
-    # adds of its own is to run once
-    for specs in [subject.attacks] if config.adaptive else [[spec] for spec in subject.attacks]:
+    # adds of its own is to run once, and a cumulative one looks at all of them
+    together = config.adaptive or config.cumulative
+    for specs in [subject.attacks] if together else [[spec] for spec in subject.attacks]:
         restart()  # a unit's draws do not depend on the units before it, whoever did them
         evaluation = evaluate(
             subject.model,
@@ -117,6 +135,7 @@ def _attacked(
             attacks=specs,
             defense=subject.defense,
             adaptive=config.adaptive,
+            cumulative=config.cumulative,
             views=cell.defense.views,
             eot=cell.defense.eot,
             batch_size=bucket,
@@ -124,8 +143,9 @@ def _attacked(
             seed=config.seed,
             ids=ids,
             keep_adversarial=True,
-            watch=lambda status: progress(status.stage),
-            name=cell.name,
+            progress=progress,
+            watch=(lambda status: progress(f"{title}: {status.stage}", status)) if first else None,
+            name=title,
         )
         record.left_out = evaluation.left_out
         for row in evaluation.rows:
@@ -140,7 +160,8 @@ def judge_unit(
     config: RunConfig,
     device: str,
     bucket: int,
-    progress: Callable[[str], None],
+    progress: Say,
+    first: bool = False,
 ) -> tuple[Finished, dict[int, Broken]]:
     """Attack and judge a work unit's images.
 
@@ -152,13 +173,14 @@ def judge_unit(
         device: where to compute.
         bucket: images a forward.
         progress: told what begins.
+        first: tell how long a unit will take, which costs a few passes, and how far each attack is.
 
     Returns:
         What goes into the store, and the perturbations that broke images.
     """
     began = time.monotonic()
     x, y, ids = (tensor.to(device) for tensor in (batch.x, batch.y, batch.ids))
-    record = _attacked(cell, subject, (x, y, ids), config, bucket, progress) if len(x) else None
+    record = _attacked(cell, subject, (x, y, ids), config, bucket, progress, first) if len(x) else None
     finished = Finished(
         verdicts=[] if record is None else record.verdicts,
         attacks=[] if record is None else record.attacks,

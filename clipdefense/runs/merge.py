@@ -30,8 +30,8 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> RunResult:
         out: the new folder; it must not be there yet, and appears complete or not at all.
 
     Returns:
-        The joined run. Work units may still be missing (its cells say how many): the same `clipdefense run` command
-        with ``--out`` this folder does them.
+        The joined run. Work units may still be missing (its cells say how many): the same command
+        with ``--run`` this folder does them.
 
     Raises:
         UsageError: nothing to join, work units that two shards did, or shards of different runs (naming the field).
@@ -71,7 +71,7 @@ def _copy(source: Path, target: Path) -> None:
 def _stores(source: Path) -> list[Path]:
     found = [source] if source.is_file() else stores_in(source)
     if not found:
-        raise UsageError(f"{str(source)!r} holds no shard; a folder given to `clipdefense run --out` is expected.")
+        raise UsageError(f"{str(source)!r} holds no shard; a folder given to `clipdefense evaluate --run` is expected.")
     return found
 
 

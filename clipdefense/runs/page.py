@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import clipdefense.runs.exhibits as exhibits
+from clipdefense.data.protocols import get_protocol
 from clipdefense.errors import unknown_name
 from clipdefense.evaluation import words
 from clipdefense.evaluation.charts import Curve, draw_curves, draw_traces, svg
@@ -60,7 +61,6 @@ def page_of(result: RunResult, baseline: str | None = None) -> Page:
         summary=list(_summary(result)),
         evaluations=[cell.evaluation for cell in cells],
         facts=_facts(result),
-        withheld={name: why for cell in cells for name, why in cell.why.items()},
         before=[*_glance(cells), _threats(result), *_limits(cells)],
         after=[part for part in parts if part is not None],
     )
@@ -76,7 +76,7 @@ def _summary(result: RunResult) -> Iterator[str]:
             caveat = f" ({evaluation.caveat})" if evaluation.caveat else ""
             yield f"{right}, {100 * evaluation.worst_case().accuracy:.1f} % still right under everything tried{caveat}."
     for cell in result.cells:
-        yield from (f"{cell.cell.name}: {note}" for note in notes(cell) if not note.startswith(("Audit", "The audit")))
+        yield from (f"{cell.cell.name}: {note}" for note in notes(cell) if not note.startswith("Audit"))
     yield "A robust accuracy says that these attacks failed, not that none succeeds."
 
 
@@ -89,7 +89,7 @@ def _glance(cells: Sequence[CellResult]) -> Iterator[Section]:
         line = lines.setdefault((what.model.label, what.defense.label, what.dataset.label), {})
         line["clean"] = percent(evaluation.clean)
         caveat = f" {evaluation.caveat}" if evaluation.caveat else ""
-        line[what.threat.label] = said(evaluation, evaluation.worst_case(), cell.why) + caveat
+        line[what.threat.label] = said(evaluation, evaluation.worst_case()) + caveat
     if len(cells) > 1:
         columns = ("clean", *threats)
         rows: list[tuple[str, ...]] = []
@@ -144,8 +144,12 @@ def _number(share: float, interval: Interval) -> str:
 def _macros(result: RunResult) -> Section | None:
     """Means over data sets, each counting once."""
     groups: dict[tuple[str, str, str], list[CellResult]] = {}
+    named = result.config.protocol
+    headline = get_protocol(named).headline if named is not None else ()
     for cell in result.cells:
         what = cell.cell
+        if headline and what.dataset.spec not in headline:
+            continue
         groups.setdefault((what.model.label, what.defense.label, what.threat.label), []).append(cell)
     rows: list[tuple[str, ...]] = []
     strong = set()
@@ -165,6 +169,7 @@ def _macros(result: RunResult) -> Section | None:
         "Each data set counts once; the 95 % interval (Zou and Donner, from the Wilson limits) is about other images "
         "of the same data sets."
     )
+    note += f" The protocol's own mean is over {len(headline)} data sets." if headline else ""
     header = ("attack", "what the attacker had", "data sets", "mean accuracy")
     return Section("Mean over data sets", note, grid=Grid(header, tuple(rows), frozenset({2, 3}), frozenset(strong)))
 
@@ -321,7 +326,11 @@ def _pictures(cells: Sequence[CellResult], shown: dict[int, exhibits.Exhibit | N
 
 
 def _facts(result: RunResult) -> dict[str, str]:
-    facts = {}
+    facts: dict[str, str] = {}
+    if result.config.protocol is not None:
+        protocol = get_protocol(result.config.protocol)
+        facts["protocol"] = f"{protocol.name}: {protocol.title} ({protocol.source})"
+        facts["what to know of the protocol"] = " ".join(protocol.notes)
     for label, content in result.facts["contents"].items():
         side = " x ".join(str(length) for length in content["attacked_at"])
         facts[f"data set {label}"] = (

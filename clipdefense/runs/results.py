@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdefense.errors import UsageError
-from clipdefense.evaluation.report import WITHHELD, attacker, rows_of, said
+from clipdefense.evaluation.report import WITHHELD, attacker, kept, notes_of, rows_of, said
 from clipdefense.evaluation.results import Evaluation, Kind, Row
 from clipdefense.files import write_json, write_text
 from clipdefense.runs.build import Facts
@@ -27,8 +27,18 @@ from clipdefense.threat import format_eps
 AUDITS = "audits"
 """The folder of a run in which the audit of cell N is ``cell-N.json``."""
 
+AFTER = "+ "
+"""How a row is marked that counts what the attacks above it left standing."""
+
 NEAR = 1e-3
 """A verdict whose fp32 margin is smaller may differ on another device, thread count or batch size."""
+
+
+def still_standing(correct: NDArray[np.bool_], before: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(draws, n) verdicts of what also stood before; an image wrong on most draws has fallen on all."""
+    left = correct & before
+    kept: NDArray[np.bool_] = left & (left.mean(axis=0) > 0.5)
+    return kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +83,25 @@ class CellResult:
     @cached_property
     def evaluation(self) -> Evaluation:
         """The same as :func:`clipdefense.evaluate` returns, for tables, pages and statistics."""
-        rows = tuple(
-            Row(attack, view, self.adversarial[number] == self.labels, None, cast(Kind, kind), draws)
-            for number, (attack, view, kind, draws) in enumerate(self.attacks)
-        )
         clean = Row("none", "nothing", self.clean == self.labels, kind="clean")
-        what = (self.cell.name, self.cell.threat.threat, clean, rows, bool(self.facts["attacker_knows"]), self.facts)
-        return Evaluation(*what, tuple(self.samples.tolist()), self.left_out)
+        rows: list[Row] = []
+        for number, (attack, view, kind, draws) in enumerate(self.attacks):
+            correct = self.adversarial[number] == self.labels
+            if self.facts.get("cumulative"):
+                correct = still_standing(correct, rows[-1].correct if attack.startswith(AFTER) else clean.correct)
+            rows.append(Row(attack, view, correct, None, cast(Kind, kind), draws))
+        # the store numbers them attack by attack as they ran; people read them target by target
+        targets = list(dict.fromkeys(row.attacked for row in rows))
+        rows.sort(key=lambda row: targets.index(row.attacked))
+        what = (
+            self.cell.name,
+            self.cell.threat.threat,
+            clean,
+            tuple(rows),
+            bool(self.facts["attacker_knows"]),
+            self.facts,
+        )
+        return Evaluation(*what, tuple(self.samples.tolist()), self.left_out, self.withheld)
 
     @property
     def withheld(self) -> str:
@@ -87,18 +109,9 @@ class CellResult:
         return str(self.audit.get("withheld") or "")
 
     @property
-    def why(self) -> dict[str, str]:
-        """:attr:`withheld` by name, as tables take it."""
-        return {self.cell.name: self.withheld} if self.withheld else {}
-
-    @property
     def near(self) -> int:
         """Verdicts with a margin below :data:`NEAR`."""
         return int((np.abs(self.margin) < NEAR).sum())
-
-    def given(self, row: Row) -> bool:
-        """Whether a row's accuracy may be given; the clean one always is."""
-        return row is self.evaluation.clean or not self.withheld
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: RobustBench's model-info fields, then every row with its interval."""
@@ -131,8 +144,8 @@ class CellResult:
                     "attack": attack,
                     "attacked": row.attacked,
                     "verdict_seeds": len(row.correct),
-                    "accuracy": row.accuracy if self.given(row) else None,
-                    "interval_95": list(row.interval) if self.given(row) else None,
+                    "accuracy": row.accuracy if kept(evaluation, row) else None,
+                    "interval_95": list(row.interval) if kept(evaluation, row) else None,
                     "worst_case": bottom,
                 }
                 for attack, row, bottom in rows_of(evaluation)
@@ -172,7 +185,7 @@ def single_store(folder: Path) -> Path:
     """
     found = stores_in(folder)
     if not found:
-        raise UsageError(f"{str(folder)!r} holds no run; the folder given to `clipdefense run --out` is expected.")
+        raise UsageError(f"{str(folder)!r} holds no run; the folder given to `clipdefense evaluate --run` is expected.")
     if len(found) > 1 or not found[0].stem.endswith("-of-1"):
         raise UsageError(
             f"{str(folder)!r} holds {len(found)} shards, such as {found[0].name}; join them with "
@@ -289,7 +302,7 @@ def _csv(result: RunResult) -> str:
         threat = cell.evaluation.threat
         what = (cell.cell.model.label, cell.cell.defense.label, cell.cell.dataset.label, threat.norm, threat.eps)
         for attack, row, _ in rows_of(cell.evaluation):
-            number = (row.accuracy, *row.interval) if cell.given(row) else (WITHHELD, "", "")
+            number = (row.accuracy, *row.interval) if kept(cell.evaluation, row) else (WITHHELD, "", "")
             counts = (cell.evaluation.n, len(row.correct), *number, len(cell.corrupt))
             writer.writerow((*what, attack, row.attacked, *counts))
     return text.getvalue()
@@ -308,19 +321,20 @@ def markdown(result: RunResult) -> str:
             "|---|---|---|",
         ]
         for attack, row, bottom in rows_of(cell.evaluation):
-            texts = (attack, attacker(cell.evaluation, row, bottom), said(cell.evaluation, row, cell.why))
+            texts = (attack, attacker(cell.evaluation, row, bottom), said(cell.evaluation, row))
             cells_of_row = [part.replace("|", "\\|") for part in texts]
             lines.append("| " + " | ".join(f"**{part}**" if bottom else part for part in cells_of_row) + " |")
-        parts.append("\n".join([*lines, "", *(f"- {note}" for note in notes(cell))]).rstrip() + "\n")
+        parts.append(
+            "\n".join([*lines, "", *(f"- {note}" for note in (*notes_of([cell.evaluation]), *notes(cell)))]).rstrip()
+            + "\n"
+        )
     return "\n".join(parts)
 
 
 def notes(cell: CellResult) -> list[str]:
     """What a reader of the numbers has to know besides them."""
     found = []
-    if cell.withheld:
-        found.append(f"The audit is INVALID, so no robust accuracy is given: {cell.withheld}")
-    elif cell.audit:
+    if cell.audit and not cell.withheld:
         found.append(f"Audit: {cell.audit.get('verdict')}.")
     if cell.missing:
         found.append(f"NOT FINISHED: {cell.missing} of {cell.units + cell.missing} work units are missing.")

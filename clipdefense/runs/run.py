@@ -11,18 +11,20 @@ from pathlib import Path
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
 
 import clipdefense.runs.exhibits as exhibits
+from clipdefense.attacks.options import Status
 from clipdefense.errors import UsageError
 from clipdefense.evaluation.fingerprint import machine
 from clipdefense.runs.bank import Broken, bank_file, write_bank
 from clipdefense.runs.build import Builder, Subject, choose_device
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.decode import Batch, Decoder
-from clipdefense.runs.judge import judge_unit
+from clipdefense.runs.judge import Say, judge_unit
 from clipdefense.runs.results import write_summary
 from clipdefense.runs.store import Finished, Store, writing
-from clipdefense.runs.units import Job, Shard, cells, jobs
+from clipdefense.runs.units import Cell, Job, Shard, cells, jobs
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Progress:
     Attributes:
         done, total: work units of this shard, those of earlier sessions included.
         what: what begins now.
+        status: how far the attack is that runs now, where that is known.
     """
 
     done: int
     total: int
     what: str
+    status: Status | None = None
 
 
 def run(
@@ -79,12 +83,22 @@ def run(
     return len(pending)
 
 
+def first_images(builder: Builder, cell: Cell, n: int = 64) -> tuple[Tensor, Tensor]:
+    """Images of a cell's dataset for an audit, evenly over its classes, on the builder's device, with their labels."""
+    dataset = builder.datasets[cell.dataset.label]
+    chosen = dataset.sample(min(n, len(dataset)), seed=builder.config.seed)
+    with Decoder() as decoder:
+        batch = decoder.finish(decoder.begin(chosen, range(len(chosen))), builder.shapes[cell.dataset.label])
+    return batch.x.to(builder.device), batch.y.to(builder.device)
+
+
 class _Loop:
     def __init__(
         self, config: RunConfig, builder: Builder, store: Store, total: int, progress: Callable[[Progress], None]
     ) -> None:
         self.config, self.builder, self.store, self.progress = config, builder, store, progress
         self.total, self.bucket = total, config.batch_size
+        self.told: frozenset[int] = frozenset()  # cells of which it was told how long a unit takes
 
     def all(self, pending: list[Job]) -> None:
         with Decoder() as decoder:
@@ -105,7 +119,12 @@ class _Loop:
         self.store.enter(job.cell, subject.facts)
         if job.unit == 0 and self.config.exhibits and len(batch.x):
             self._exhibit(job, subject, batch)
-        unit, broken = self._judged(job, subject, batch, lambda what: self.progress(Progress(done, self.total, what)))
+        first, self.told = job.cell.number not in self.told, self.told | {job.cell.number}
+
+        def say(what: str, status: Status | None = None) -> None:
+            self.progress(Progress(done, self.total, what, status))
+
+        unit, broken = self._judged(job, subject, batch, say, first)
         if unit.bank:
             with writing(self.store.folder):
                 write_bank(bank_file(self.store.folder, job.cell.number, job.unit), broken)
@@ -129,11 +148,11 @@ class _Loop:
                 exhibits.write(path, made)
 
     def _judged(
-        self, job: Job, subject: Subject, batch: Batch, say: Callable[[str], None]
+        self, job: Job, subject: Subject, batch: Batch, say: Say, first: bool
     ) -> tuple[Finished, dict[int, Broken]]:
         """The unit's outcome, at half the batch size whenever memory does not suffice."""
         while True:
-            outcome = self._attempt(job, subject, batch, say)
+            outcome = self._attempt(job, subject, batch, say, first)
             if outcome is not None:
                 return outcome
             # only here, where the failed attempt's tensors are gone, does emptying the cache free anything
@@ -149,11 +168,11 @@ class _Loop:
             warnings.warn(f"out of memory: going on with {self.bucket} images a forward.", stacklevel=2)
 
     def _attempt(
-        self, job: Job, subject: Subject, batch: Batch, say: Callable[[str], None]
+        self, job: Job, subject: Subject, batch: Batch, say: Say, first: bool
     ) -> tuple[Finished, dict[int, Broken]] | None:
         """None where memory did not suffice."""
         try:
-            return judge_unit(job.cell, subject, batch, self.config, self.builder.device, self.bucket, say)
+            return judge_unit(job.cell, subject, batch, self.config, self.builder.device, self.bucket, say, first)
         except (RuntimeError, MemoryError) as error:
             if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                 raise

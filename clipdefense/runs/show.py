@@ -18,7 +18,7 @@ from clipdefense.runs.verify import Proof
 def tables(console: Console, folder: str | Path) -> None:
     """Every cell of a run: its table, and what has to be said of it."""
     for cell in read(folder).cells:
-        console.print(report.table([cell.evaluation], cell.why))
+        console.print(report.table([cell.evaluation]))
         for note in notes(cell):
             console.print(escape(note), soft_wrap=True)
 

@@ -125,7 +125,7 @@ class Store:
                 raise
             raise UsageError(
                 f"another process{_owner(self.path)} is working on {str(self.path)!r}; wait for it or end it, or give "
-                "this one another --out or --shard."
+                "this one another --run or --shard."
             ) from None
         return lock
 
@@ -223,7 +223,7 @@ def _check_division(folder: Path, shard: Shard) -> None:
         if count != str(shard.count):
             raise UsageError(
                 f"run folder {str(folder)!r} holds {other.name}, a part of {count}, and this process is to do "
-                f"{shard}; work would be done twice: give --shard i/{count}, or another --out."
+                f"{shard}; work would be done twice: give --shard i/{count}, or another --run."
             )
 
 

@@ -42,13 +42,16 @@ def test_run_verify_compare_and_merge(
         f'models = ["{specs[0]}"]\ndatasets = ["{specs[1]}"]\nattacks = ["pgd"]\nunit = 16\n'
         '[[threats]]\neps = "4/255"\nsteps = 3\n'
     )
-    common = ("run", toml, "--device", "cpu", "--quiet", "--save-adv")
-    code, out, _ = clipdefense(*common, "--out", tmp_path / "a")
+    common = ("evaluate", toml, "--device", "cpu", "--quiet", "--save-adv")
+    code, out, _ = clipdefense(*common, "--run", tmp_path / "a")
     assert code == 0 and "pgd" in out and "3 work units now" in out
+    assert {"summary.json", "summary.md", "summary.csv", "report.html"} <= {
+        file.name for file in (tmp_path / "a").iterdir()
+    }
     code, out, _ = clipdefense("verify", tmp_path / "a", "--device", "cpu", "--quiet")
     assert code == 0 and "Not robust, proved again" in out
     for index in range(2):
-        code, out, _ = clipdefense(*common, "--shard", f"{index}/2", "--out", tmp_path / "parts")
+        code, out, _ = clipdefense(*common, "--shard", f"{index}/2", "--run", tmp_path / "parts")
         assert code == 0 and "clipdefense merge" in out
     code, out, _ = clipdefense("merge", tmp_path / "parts", "--out", tmp_path / "merged")
     assert code == 0 and "pgd" in out
@@ -59,6 +62,9 @@ def test_run_verify_compare_and_merge(
     assert code == 0 and "McNemar p" in out and "A's perturbations break 0 of 0 images" in out
     changes = json.loads(result.read_text())["changes"]
     assert all(change["only_a"] == change["only_b"] == 0 and change["p_value"] == 1 for change in changes)
+    code, out, _ = clipdefense("report", tmp_path / "a", "--html", tmp_path / "again.html")
+    assert code == 0 and "wrote" in out
+    assert (tmp_path / "again.html").read_text() == (tmp_path / "a" / "report.html").read_text()
     bank_file(tmp_path / "merged", 0, 0).write_bytes(bank_file(tmp_path / "a", 0, 1).read_bytes())
     code, _, err = clipdefense("verify", tmp_path / "merged", "--device", "cpu", "--quiet")
     assert code == 1 and err == ""
@@ -67,7 +73,7 @@ def test_run_verify_compare_and_merge(
 def test_flags_alone(clipdefense: Callable[..., Outcome], specs: tuple[str, str], tmp_path: Path) -> None:
     flags = ("--model", specs[0], "--data", specs[1], "--n", 9, "--attack", "pgd,steps=1", "--eps", "1/255")
     noise = ("--defense", "random-noise", "--option", "eps=2/255", "--view", "eot", "--eot", 1, "--verdict-seeds", 2)
-    code, _, err = clipdefense("run", *flags, *noise, "--device", "cpu", "--quiet", "--out", tmp_path / "run")
+    code, _, err = clipdefense("evaluate", *flags, *noise, "--device", "cpu", "--quiet", "--run", tmp_path / "run")
     assert (code, err) == (0, "")
     (result,) = json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
     assert result["n"] == 9 and result["fingerprint"]["defense"]["eps"] == pytest.approx(2 / 255)
@@ -77,13 +83,28 @@ def test_flags_alone(clipdefense: Callable[..., Outcome], specs: tuple[str, str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--out", "x"], "error: the run: key 'models' is missing"),
-        (["run", "nowhere.toml", "--out", "x"], "error: run file 'nowhere.toml' does not exist"),
-        (["run", "--out", "x", "--n", "5"], "error: --n is for the data set of --data"),
-        (["run", "--out", "x", "--norm", "l2"], "error: --norm is for --eps"),
-        (["run", "--out", "x", "--eot", "5"], "error: --option, --view and --eot are for the one defence"),
-        (["run", "--out", "x", "-m", "a:b", "-d", "c:d", "--shard", "4/4"], "error: shard is 4/4"),
-        (["run", "--out", "x", "-m", "a:b", "-d", "c:d"], "error: model 'a' is unknown"),
+        (["evaluate", "--run", "x"], "error: Missing option '--model' / '-m', or a TOML file"),
+        (["evaluate", "nowhere.toml", "--run", "x"], "error: run file 'nowhere.toml' does not exist"),
+        (["evaluate", "-m", "a:b"], "error: the run: key 'datasets' is missing; it has no default: give it in a TOML"),
+        (["evaluate", "-m", "a:b", "--n", "5"], "error: --n is for the data set of --data"),
+        (
+            ["evaluate", "-m", "a:b", "-d", "c:d", "--defense", "none", "--defense", "ttc", "--eot", "5"],
+            "error: --option, --view and --eot are for the one defence of --defense, and there are 2",
+        ),
+        (["evaluate", "-m", "a:b", "-d", "c:d", "--run", "x", "--shard", "4/4"], "error: shard is 4/4"),
+        (["evaluate", "-m", "a:b", "-d", "c:d", "--shard", "0/4"], "error: --shard is for a run that is kept"),
+        (["evaluate", "-m", "a:b", "-d", "c:d", "--save-adv"], "error: --save-adv is for a run that is kept"),
+        (
+            ["evaluate", "-m", "a:b", "-d", "c:d", "--run", "x", "--out", "y.json"],
+            "error: --out is for one combination",
+        ),
+        (
+            ["evaluate", "-m", "a:b", "-d", "c:d", "--eps", "1/255", "--eps", "2/255", "--out", "y.json"],
+            "error: --out is for one combination without --run (2 here); --run DIR keeps them all",
+        ),
+        (["evaluate", "-m", "a:b", "-d", "c:d"], "error: model 'a' is unknown"),
+        (["evaluate", "-m", "demo:digits", "--protocol", "ttc"], "error: the run: protocol 'ttc' is unknown; did you"),
+        (["report", "x"], "error: 'x' holds no run"),
         (["verify", "x"], "error: 'x' holds no run"),
         (["compare", "x", "y"], "error: 'x' holds no run"),
         (["merge", "x", "--out", "y"], "error: 'x' holds no shard"),

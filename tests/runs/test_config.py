@@ -44,8 +44,11 @@ def test_a_file_says_what_it_says(tmp_path: Path) -> None:
     assert config.seed == 4 and config.unit == 512 and not config.save_adv
     assert config.defenses[1].options == {"eps": 8 / 255}
     assert [row.label for row in config.threats] == ["linf 1/255", "l2 0.5"]
-    assert [str(spec) for spec in config.attacks_of(config.threats[0])] == ["pgd,steps=20", "apgd-ce"]
-    assert [str(spec) for spec in config.attacks_of(config.threats[1])] == ["pgd,steps=5"]
+    assert [str(spec) for spec in config.attacks_of(config.threats[0], config.datasets[0])] == [
+        "pgd,steps=20",
+        "apgd-ce",
+    ]
+    assert [str(spec) for spec in config.attacks_of(config.threats[1], config.datasets[0])] == ["pgd,steps=5"]
     listed = cells(config)
     assert [cell.number for cell in listed] == list(range(8))
     assert listed[5].name == "mine | none | folder:photos | l2 0.5"
@@ -65,11 +68,11 @@ def test_a_file_says_what_it_says(tmp_path: Path) -> None:
         ({"datasets": [{"spec": "a", "n": "7"}]}, r"key 'datasets\[0\].n' is '7'; expected is a valid integer"),
         ({"threats": [{"eps": 4}]}, r"threats\[0\]: eps is 4.*did you mean 4/255"),
         ({"threats": [{"eps": "4/x"}]}, r"threats\[0\].eps: eps '4/x' is not a number"),
-        ({"threats": [{"eps": 0.1, "norm": "l1"}]}, r"key 'threats\[0\].norm' is 'l1'; expected is 'linf' or 'l2'"),
+        ({"threats": [{"eps": 0.1, "norm": "l1"}]}, r"threats\[0\]: norm 'l1' is unknown; did you mean 'l2'"),
         ({"threats": [{"eps": 0.1}, {"eps": 0.1, "steps": 3}]}, "threats has 'linf 0.1' 2 times; give each a name="),
         ({"attacks": ["pgdd"]}, "attack 'pgdd' is unknown; did you mean 'pgd'"),
         ({"attacks": ["pgd", "pgd"]}, "attacks has 'pgd' 2 times"),
-        ({"defenses": [{"spec": "none", "eot": 2}]}, "defence 'none' has options, views or eot"),
+        ({"defenses": [{"spec": "none", "options": {"a": 2}}]}, "defence 'none' has options; they are for"),
         ({"unit": 513}, "key 'unit' is 513; expected is less than or equal to 512"),
         ({"save_adv": "yes"}, "key 'save_adv' is 'yes'; expected is a valid boolean"),
     ],
