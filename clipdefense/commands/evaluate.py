@@ -114,10 +114,6 @@ def evaluate(
 
     clipdefense evaluate -m open_clip:ViT-B-32-quickgelu@openai --protocol ttc-224 --root /data --run results/ttc
     """
-    from clipdefense.runs.build import choose_device
-    from clipdefense.runs.run import run as begin
-    from clipdefense.runs.units import Shard
-
     tables = {
         "models": model,
         "datasets": _datasets(data, n, split, size, protocol),
@@ -128,17 +124,28 @@ def evaluate(
     settings = {"protocol": protocol, "root": root, "cumulative": cumulative, "adaptive": adaptive, "seed": seed}
     settings |= {"verdict_seeds": verdict_seeds, "save_adv": save_adv, "batch_size": batch_size}
     config = _config(file, tables, **settings)
-    _check_outputs(config, run, out, {"--shard": shard, "--save-adv": save_adv})
     check_places(out, html)
+    _check_outputs(config, run, out, {"--shard": shard, "--save-adv": save_adv})
+    if audit and shard is not None:
+        raise UsageError("--audit is for a run in one piece; merge the shards, then audit with --run MERGED --audit.")
+    with nullcontext(str(run)) if run is not None else tempfile.TemporaryDirectory() as place:
+        done = _run(config, Path(place), shard, device, audit, quiet)
+        _tell(Path(place), run, done, out, html)
+
+
+def _run(config: RunConfig, folder: Path, shard: str | None, device: str | None, audit: bool, quiet: bool) -> int:
+    """The work units that are not done yet, and the audit; how many units they were."""
+    from clipdefense.runs.build import choose_device
+    from clipdefense.runs.run import run
+    from clipdefense.runs.units import Shard
+
     part = None if shard is None else Shard.parse(shard)
     target = None if device is None else choose_device(device, argument="--device")
-    with nullcontext(str(run)) if run is not None else tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        with shown(quiet) as progress:
-            done = begin(config, folder, shard=part, device=target, progress=progress)
-            if audit:
-                _audit(folder, target, progress)
-        _tell(folder, run, done, out, html)
+    with shown(quiet) as progress:
+        done = run(config, folder, shard=part, device=target, progress=progress)
+        if audit:
+            _audit(folder, target, progress)
+    return done
 
 
 def _config(file: Path | None, tables: dict[str, Any], **settings: Any) -> RunConfig:
