@@ -99,17 +99,16 @@ class ResNet12(_Trunk):
         """
         check_number("drop_rate", drop_rate, 0, 1, open_high=True)
         check_whole("drop_size", drop_size, 1)
-        super().__init__([_Residual(i, o) for i, o in zip((3, *widths), widths)], widths[-1])
-        if drop_rate:
-            for block in self.blocks[2:]:
-                block.after.append(DropBlock2d(drop_rate, drop_size, couple_channels=False))  # type: ignore[union-attr]
+        rates = [drop_rate if number >= len(widths) - 2 else 0.0 for number in range(len(widths))]
+        blocks = [_Residual(i, o, rate, drop_size) for i, o, rate in zip((3, *widths), widths, rates)]
+        super().__init__(blocks, widths[-1])
         for part in self.modules():
             if isinstance(part, nn.Conv2d):
                 nn.init.kaiming_normal_(part.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
 
 
 class _Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, drop_rate: float, drop_size: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
             *_normed(inputs, outputs, 3),
@@ -119,7 +118,8 @@ class _Residual(nn.Module):
             *_normed(outputs, outputs, 3),
         )
         self.shortcut = nn.Sequential(*_normed(inputs, outputs, 1))
-        self.after = nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2))
+        drop = DropBlock2d(drop_rate, drop_size, couple_channels=False)
+        self.after = nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2), drop)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled: Tensor = self.after(self.body(x) + self.shortcut(x))
