@@ -1,4 +1,6 @@
-"""SIGKILLs at random moments of an evaluation and at the worst ones, shards, a full disk: what becomes of the rows.
+"""SIGKILLs at random moments of an evaluation, at the worst ones, and of a fine-tune; shards, a full disk.
+
+What becomes of the rows, and of the weights.
 
     python benchmarks/kills.py --size smoke|full [--kills 20] [--points POINT ...] [--results FILE.json]
 
@@ -34,13 +36,15 @@ from torch.nn.functional import interpolate, normalize
 
 import clipdefense.runs.bank as bank_module
 import clipdefense.runs.run as run_module
-from clipdefense import UsageError, load_model
+from clipdefense import UsageError, get_defense, load_dataset, load_model
 from clipdefense.runs.config import RunConfig, read_config
 from clipdefense.runs.merge import merge
 from clipdefense.runs.run import run
 from clipdefense.runs.store import Finished, Store, stores_in
 from clipdefense.runs.units import Shard
 from clipdefense.training.checkpoint import save_model
+from clipdefense.training.state import STATE_FILE
+from clipdefense.weights import sha256_of_weights
 from common import heading
 
 CLASSES = ("cat", "dog", "fish")
@@ -279,6 +283,39 @@ class Bench:
         return {"said": str(message).replace(str(self.folder), ""), **self.resumed("full", whole)}
 
 
+class Tuning:
+    """Fine-tunes of the tiny model, each in a folder and a process of its own."""
+
+    def __init__(self, model: str, data: str, folder: Path) -> None:
+        self.model, self.data, self.folder = model, data, folder
+
+    def fit(self, name: str) -> dict[str, Any]:
+        """From its last checkpoint to its end: where it began, and the hash of its weights."""
+        images = load_dataset(self.data)
+        model = load_model(self.model, images.classes)
+        options: dict[str, Any] = {"batch_size": 6, "epochs": 2, "lr": 1e-3, "warmup_steps": 2}
+        kept = {"checkpoint": str(self.folder / name), "checkpoint_every": 1, "resume": True, "show_progress": False}
+        state = self.folder / name / STATE_FILE
+        resumed = state.exists()
+        get_defense("tecoa")(model, **options, **kept).fit(images)
+        return {"resumed": resumed, "weights": sha256_of_weights(model)}
+
+    def kills(self, kills: int) -> Iterator[dict[str, Any]]:
+        began = time.monotonic()
+        whole = forked(lambda: self.fit("tuned"))
+        seconds = time.monotonic() - began
+        assert whole.signal == 0 and whole.value["weights"], whole
+        number = 0
+        while number < kills:
+            after, name = random.uniform(0, seconds), f"tuned-{number}"
+            if forked(partial(self.fit, name), after).signal == signal.SIGKILL:  # else it was done before
+                ended = forked(partial(self.fit, name))
+                same = ended.signal == 0 and ended.value["weights"] == whole.value["weights"]
+                yield {"after_seconds": after, "resumed": ended.value["resumed"], "identical": same}
+                number += 1
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
 def _units(folder: Path) -> int:
     """Finished work units; reading the store also rolls back what was half written."""
     for store in stores_in(folder):
@@ -296,14 +333,17 @@ def measure(size: str, kills: int, points: Sequence[str], folder: Path) -> dict[
     whole = bench.unbroken()
     killed = list(bench.random_kills(kills, whole))
     worst = list(bench.worst_kills(points, whole))
+    tuned = list(Tuning(*specs, folder).kills(kills))
     return {
         **heading("kills", f"python benchmarks/kills.py --size {size} --kills {kills}"),
         "unbroken": whole,
         "random_kills": killed,
         "worst_kills": worst,
+        "fine_tune_kills": tuned,
         "shards": bench.shards(4, whole),
         "full_disk": bench.full_disk(whole),
         "identical": f"{sum(map(good, killed))} of {len(killed)}",
+        "fine_tunes_identical": f"{sum(kill['identical'] for kill in tuned)} of {len(tuned)}",
         "identical_at_the_worst_moments": f"{sum(map(good, worst))} of {len(worst)}",
     }
 
@@ -333,6 +373,7 @@ def main() -> None:
         options.results.write_text(text + "\n")
     print(text)
     fine = all(map(good, (*result["random_kills"], *result["worst_kills"])))
+    fine = fine and all(kill["identical"] for kill in result["fine_tune_kills"])
     sys.exit(0 if fine and result["shards"]["identical"] and result["full_disk"]["identical"] else 1)
 
 

@@ -16,6 +16,7 @@ def test_killed_runs_and_shards_leave_the_same_rows(tmp_path: Path) -> None:
     ended = subprocess.run([*command, "--points", *points], capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "kills.json").read_text())
+    assert result["fine_tunes_identical"] == "1 of 1"
     assert result["identical"] == "1 of 1" and result["identical_at_the_worst_moments"] == "1 of 1"
     (kill,) = result["worst_kills"]
     assert kill["units_before"] == 2 and kill["units_after"] == 4  # the unit that was under way, and the rest
