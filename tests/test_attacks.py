@@ -211,7 +211,7 @@ def test_nothing_is_left_behind(name: str, tiny_model: ZeroShotClassifier, image
 def test_one_channel_images() -> None:
     class Grey(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], dim=1)
+            return torch.stack([x.mean((1, 2, 3)) - 0.5, 0.5 - x.mean((1, 2, 3))], dim=1)
 
     x = torch.full((2, 1, 4, 4), 0.52)
     x_adv = attacks.pgd(Grey(), x, torch.zeros(2, dtype=torch.long), ThreatModel("linf", 0.05, steps=5))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from clipdefense.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
 from clipdefense.attacks.autoattack import autoattack
 from clipdefense.attacks.context import check_target, predict
-from clipdefense.attacks.engine import AttackWarning
+from clipdefense.attacks.doubts import AttackWarning
 from clipdefense.attacks.fab import fab_t
 from clipdefense.attacks.objectives import cross_entropy, margin
 from clipdefense.attacks.options import Options, Status, progress_bar

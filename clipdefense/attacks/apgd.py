@@ -66,8 +66,8 @@ class _APGD:
     def advance(self, s: engine.State, seen: engine.Evaluation, age: Tensor) -> engine.State:
         loss, gradient = seen.loss.to(s["loss"].dtype), seen.gradient
         better = loss > s["best_loss"]
-        s["best"] = torch.where(per_image(better, gradient), s["x_adv"], s["best"])
-        s["best_gradient"] = torch.where(per_image(better, gradient), gradient, s["best_gradient"])
+        torch.where(per_image(better, gradient), s["x_adv"], s["best"], out=s["best"])
+        torch.where(per_image(better, gradient), gradient, s["best_gradient"], out=s["best_gradient"])
         s["best_loss"] = torch.where(better, loss, s["best_loss"])
         s["increases"] = s["increases"] + ((loss > s["loss"]) & (s["k"] > 0))
         s["loss"] = loss
@@ -75,8 +75,11 @@ class _APGD:
 
         momentum = torch.where(s["k"] > 0, self.alpha, 1.0).to(x_adv.dtype)
         a = per_image(momentum, x_adv)
-        z = project(self.ball, s["x"], x_adv + per_image(s["eta"], x_adv) * self.ball.direction(gradient), self.eps)
-        following = x_adv + a * (z - x_adv) + (1 - a) * (x_adv - s["previous"])
+        step = self.ball.direction(gradient).mul_(per_image(s["eta"], x_adv)).add_(x_adv)
+        z = project(self.ball, s["x"], step, self.eps)
+        # x_adv + a (z - x_adv) + (1 - a) (x_adv - previous), in the memory of z and of what was previous
+        following = z.sub_(x_adv).mul_(a).add_(x_adv)
+        following.add_(torch.sub(x_adv, s["previous"], out=s["previous"]).mul_(1 - a))
         s["previous"], s["x_adv"] = x_adv, project(self.ball, s["x"], following, self.eps)
         s["k"] = s["k"] + 1
         return s

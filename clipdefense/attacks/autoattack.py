@@ -6,7 +6,6 @@ gradients averaged over 20 draws, for randomised ones, judged over several draws
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -88,16 +87,18 @@ def autoattack(
         if not len(left) or threat.eps == 0:
             break
         standing = task.rows(left, labelled(task.options.progress, label))
-        common = {"seed": task.seed, "ids": standing.ids, "progress": standing.options.progress}
+        common = {"seed": task.seed, "ids": standing.ids}
+        common |= {"progress": standing.options.progress, "doubts": standing.options.doubts}
         x_adv = function(model, standing.x, standing.y, threat, **(settings | common))
         broken = judge.wrong(replace(standing, x=x_adv))
         result[left[broken]] = x_adv[broken]
+        task.options.doubts.fell(standing.ids[broken])
         left = left[~broken]
     return result
 
 
 # what the parts take as the ensemble got it; the rest of the options is set for each part
-_PASSED = {field.name for field in fields(Options)} - {"seed", "generator", "ids", "progress"}
+_PASSED = {field.name for field in fields(Options)} - {"seed", "generator", "ids", "progress", "doubts"}
 
 
 def _plan(version: str, stages: Mapping[str, Mapping[str, Any]], options: dict[str, Any]) -> Iterator[Stage]:
@@ -130,7 +131,7 @@ class _Judge:
             check_finite(logits, task.ids)
             if first and draw == 0:
                 check_labels(task.y, len(task.y), classes=logits.shape[1])
-                _warn_of_probabilities(logits)
+                task.options.doubts.of_outputs(logits)
             count += logits.argmax(dim=1) != task.y
         return count > self.draws / 2
 
@@ -154,15 +155,4 @@ def _refuse_randomized(task: engine.Task) -> None:
         raise UsageError(
             f"model {why}: version 'standard' would count one lucky draw as robustness or as a break; use "
             "version='rand', which averages gradients and judges over several draws."
-        )
-
-
-def _warn_of_probabilities(logits: Tensor) -> None:
-    sums = logits.sum(dim=1)
-    if (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
-        warnings.warn(
-            "model returns probabilities (each row sums to 1): cross-entropy on them saturates and DLR loses its "
-            "scale, so attacks look weaker than they are; return logits.",
-            engine.AttackWarning,
-            stacklevel=5,
         )

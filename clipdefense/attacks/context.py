@@ -13,6 +13,11 @@ from clipdefense.errors import UsageError
 from clipdefense.threat import ThreatModel
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on another device without waiting for that device: the host's copy is staged at once."""
+    return tensor.to(device, non_blocking=True)
+
+
 @contextmanager
 def _fp32_precision(precision: str) -> Iterator[None]:
     """How float32 matrix products and convolutions are done: ``"ieee"`` or ``"tf32"``."""
@@ -107,6 +112,14 @@ def non_finite_gradient(ids: Tensor) -> UsageError:
     )
 
 
+def no_gradient() -> UsageError:
+    """The error for logits that do not hang on the images as far as autograd knows."""
+    return UsageError(
+        "model's output has no gradient to x: something between them is detached (a detach, no_grad, NumPy, "
+        "rounding to integers); let gradients pass, straight through if need be, or use square, which needs none."
+    )
+
+
 def predict(model: nn.Module, x: Tensor, *, batch_size: int = 128, **per_image: Any) -> Tensor:
     """Verdict logits: full fp32, eval mode, no gradients, in chunks.
 
@@ -125,7 +138,7 @@ def predict(model: nn.Module, x: Tensor, *, batch_size: int = 128, **per_image: 
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size)
             keys = {key: value[rows] if isinstance(value, Tensor) else value for key, value in per_image.items()}
-            logits.append(logits_of(model, x[rows], **keys))
+            logits.append(logits_of(model, x[rows], **keys).detach())
     found = torch.cat(logits)
     return found.to(torch.promote_types(found.dtype, torch.float32))
 

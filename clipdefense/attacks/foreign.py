@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clipdefense.attacks import engine
 from clipdefense.attacks.context import attack_mode, predict
+from clipdefense.attacks.doubts import Doubts
 from clipdefense.attacks.norms import per_image
 from clipdefense.checks import check_labels
 from clipdefense.errors import UsageError, unknown_name
@@ -106,9 +107,13 @@ def prepare(model: nn.Module, x: Tensor, y: Tensor, seed: int, ids: Tensor | Non
         UsageError: images, labels or ids that cannot be used.
     """
     engine.prepare(model, x, y, seed, None, ids)
-    names = getattr(model, "class_names", None)
-    classes = predict(model, x[:1]).shape[1] if names is None else len(names)
+    names, doubts = getattr(model, "class_names", None), Doubts()
+    doubts.of_model(model)
+    if names is None:
+        doubts.of_outputs(logits := predict(model, x[:1]))
+    classes = logits.shape[1] if names is None else len(names)
     check_labels(y, len(x), classes=classes)
+    doubts.tell()
     return y.to(x.device, torch.int64), classes
 
 

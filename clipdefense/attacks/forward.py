@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipdefense.attacks.context import logits_of, tf32
+from clipdefense.attacks.context import logits_of, no_gradient, sent, tf32
 from clipdefense.attacks.options import Options
 
 
@@ -68,10 +68,21 @@ def evaluate(
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = objective(logits) if term is None else objective(logits) + term
             if gradient:
-                gradients.append(torch.autograd.grad(loss.sum(), leaf)[0])
+                gradients.append(_gradient(loss, leaf))
         losses.append(loss.detach())
         outputs.append(logits.detach())
     return _mean(losses), _mean(gradients) if gradient else x_adv.new_empty(0), torch.stack(outputs)
+
+
+def _gradient(loss: Tensor, leaf: Tensor) -> Tensor:
+    """
+    Raises:
+        UsageError: the loss does not depend on the images through autograd.
+    """
+    gradient = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)[0] if loss.requires_grad else None
+    if gradient is None:
+        raise no_gradient()
+    return gradient
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
@@ -84,6 +95,7 @@ class Forward:
     def __init__(self, model: nn.Module, ids: Tensor, seed: int, options: Options) -> None:
         self.model, self.ids, self.seed, self.keyed = model, ids, seed, takes_keys(model)
         self.compiled: Callable[..., Any] = torch.compile(model, dynamic=False) if options.compile else model
+        self.trusted, self.doubts = not options.compile, options.doubts
         self.sizes = [math.ceil(options.batch_size / 2**k) for k in range(4)] if options.compile else []
 
     def plain(self, x: Tensor, rows: Tensor, draws: int) -> Tensor:
@@ -98,12 +110,24 @@ class Forward:
 
         def forward(x: Tensor, draw: int) -> Tensor:
             if not self.keyed:
-                return logits_of(self.compiled, self._padded(x))[: len(x)]
+                return self._compiled(x)
             # every draw of every step of every image its own: ids stay below 2^40, the step goes above
-            step = (age * eot + draw + 1).to(rows.device) << 40
+            step = sent(age * eot + draw + 1, rows.device) << 40
             return logits_of(self.model, x, ids=self.ids[rows] + step, seed=self.seed)
 
         return forward
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        """Through the compiled model where there is one, and where its first answer is the model's own."""
+        logits = logits_of(self.compiled, self._padded(x))[: len(x)]
+        if not self.trusted:
+            self.trusted = True
+            with torch.no_grad():
+                plain = logits_of(self.model, x)
+            if not torch.allclose(logits, plain, rtol=0.02, atol=0.02 * float(plain.abs().max()), equal_nan=True):
+                self.doubts.of_compiled(float((logits - plain).abs().max()))
+                self.compiled, self.sizes, logits = self.model, [], logits_of(self.model, x)
+        return logits
 
     def _padded(self, x: Tensor) -> Tensor:
         missing = min((size for size in self.sizes if size >= len(x)), default=len(x)) - len(x)

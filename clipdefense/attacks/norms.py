@@ -25,10 +25,10 @@ class Ball(Protocol):
     """One norm; all methods act on (N, C, H, W) tensors image by image."""
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The unit step of steepest ascent; zero where the gradient is zero."""
+        """The unit step of steepest ascent, in new memory; zero where the gradient is zero."""
 
-    def shrink(self, delta: Tensor, eps: float) -> Tensor:
-        """Projection of delta onto the ball of radius eps."""
+    def shrink_(self, delta: Tensor, eps: float) -> Tensor:
+        """Projection of delta onto the ball of radius eps, in place."""
 
     def uniform(self, x: Tensor, ids: Tensor, eps: float, *, seed: int, stream: int) -> Tensor:
         """A random point of the ball."""
@@ -43,8 +43,8 @@ class LInf:
     def direction(self, gradient: Tensor) -> Tensor:
         return gradient.sign()
 
-    def shrink(self, delta: Tensor, eps: float) -> Tensor:
-        return delta.clamp(-eps, eps)
+    def shrink_(self, delta: Tensor, eps: float) -> Tensor:
+        return delta.clamp_(-eps, eps)
 
     def uniform(self, x: Tensor, ids: Tensor, eps: float, *, seed: int, stream: int) -> Tensor:
         u = randomness.uniform(tuple(x.shape[1:]), ids, seed=seed, stream=stream, dtype=x.dtype)
@@ -61,10 +61,10 @@ class L2:
     def direction(self, gradient: Tensor) -> Tensor:
         # scaled by the largest entry first: the square of a small float32 gradient underflows
         scaled = gradient / per_image(gradient.abs().flatten(1).amax(dim=1), gradient).clamp_min(1e-38)
-        return scaled / l2_norm(scaled).clamp_min(1e-12)
+        return scaled.div_(l2_norm(scaled).clamp_min(1e-12))
 
-    def shrink(self, delta: Tensor, eps: float) -> Tensor:
-        return delta * (eps / l2_norm(delta).clamp_min(1e-12)).clamp_max(1.0)
+    def shrink_(self, delta: Tensor, eps: float) -> Tensor:
+        return delta.mul_((eps / l2_norm(delta).clamp_min(1e-12)).clamp_max(1.0))
 
     def uniform(self, x: Tensor, ids: Tensor, eps: float, *, seed: int, stream: int) -> Tensor:
         radius = randomness.uniform((1,), ids, seed=seed, stream=~stream, dtype=x.dtype)[:, 0]
@@ -81,7 +81,8 @@ BALLS: dict[Norm, Ball] = {"linf": LInf(), "l2": L2()}
 
 def project(ball: Ball, x: Tensor, x_adv: Tensor, eps: float) -> Tensor:
     """Into the ball around x, then into the box [0, 1]: the box cannot lead out again, since x lies in it."""
-    return (x + ball.shrink(x_adv - x, eps)).clamp_(0.0, 1.0)
+    # one new tensor: at 150,000 pixels an image, memory is what a step costs besides the model
+    return ball.shrink_(x_adv - x, eps).add_(x).clamp_(0.0, 1.0)
 
 
 def box(x: Tensor, delta: Tensor) -> Tensor:

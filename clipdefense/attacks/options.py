@@ -5,13 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clipdefense.errors import UsageError, check_whole, unknown_name
+from clipdefense.attacks.context import check_target
+from clipdefense.attacks.doubts import Doubts
+from clipdefense.errors import UsageError, check_options, check_whole, unknown_name
+from clipdefense.threat import ThreatModel
 
 GradientDtype = Literal["fp32", "tf32", "bf16"]
 GRADIENT_DTYPES: tuple[GradientDtype, ...] = ("fp32", "tf32", "bf16")
@@ -55,8 +59,11 @@ class Options:
             little).
         gradient_dtype: ``"fp32"``, ``"tf32"`` (CUDA) or ``"bf16"`` (autocast) for the forward and backward that give
             gradients. Verdicts stay fp32: what looks broken otherwise is confirmed in fp32 before it leaves.
-        compile: run those forwards through ``torch.compile``, padded to four batch sizes so that few shapes compile.
+        compile: run those forwards through ``torch.compile``, padded to four batch sizes so that few shapes compile;
+            not those of a model whose draws are keyed (see :func:`clipdefense.attacks.forward.takes_keys`), nor of one
+            whose first compiled logits are not its own, of which a warning tells.
         progress: told how far the attack is; None keeps quiet.
+        doubts: where the parts of an attack leave what makes its verdict doubtful; no option of the attack's own.
 
     Raises:
         UsageError: a value outside its range.
@@ -71,6 +78,7 @@ class Options:
     gradient_dtype: GradientDtype = "fp32"
     compile: bool = False
     progress: Progress | None = None
+    doubts: Doubts = field(default_factory=Doubts)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eot"):
@@ -93,7 +101,7 @@ class Options:
         Raises:
             UsageError: an option that no attack has, or a value outside its range.
         """
-        known = [field.name for field in fields(cls)]
+        known = [option.name for option in fields(cls)]
         for name in options:
             if name not in known:
                 raise unknown_name("option", name, known)
@@ -104,15 +112,33 @@ AttackFunction = TypeVar("AttackFunction", bound=Callable[..., Tensor])
 
 
 def attack(function: AttackFunction) -> AttackFunction:
-    """Show the :class:`Options` in the signature of a function that takes them as ``**options``."""
+    """An attack that takes the :class:`Options` as ``**options``, as users call it.
+
+    They show in its signature, the model, the threat model and the names of options are checked, and what its parts
+    doubt is told once, at the end.
+    """
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     shared = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(Options)
+        inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type)
+        for option in fields(Options)
+        if option.name != "doubts"
     ]
-    function.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
-    return function
+
+    @wraps(function)
+    def called(
+        model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, *, doubts: Doubts | None = None, **options: Any
+    ) -> Tensor:
+        check_target(model, threat)
+        check_options(called, options, f"option of attack {function.__name__!r}", given=4)
+        gathered = Doubts() if doubts is None else doubts
+        x_adv = function(model, x, y, threat, doubts=gathered, **options)
+        if doubts is None:
+            gathered.tell()
+        return x_adv
+
+    called.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+    return cast(AttackFunction, called)
 
 
 def labelled(progress: Progress | None, label: str) -> Progress | None:

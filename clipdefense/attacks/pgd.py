@@ -34,7 +34,8 @@ class _PGD:
         return {"x": x, "x_adv": (x + noise).clamp_(0.0, 1.0)}
 
     def advance(self, state: engine.State, seen: engine.Evaluation, age: Tensor) -> engine.State:
-        x_adv = torch.add(state["x_adv"], self.ball.direction(seen.gradient), alpha=self.alpha)
+        step = self.ball.direction(seen.gradient)
+        x_adv = torch.add(state["x_adv"], step, alpha=self.alpha, out=step)
         state["x_adv"] = project(self.ball, state["x"], x_adv, self.eps)
         return state
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clipdefense import randomness
 from clipdefense.attacks import engine
+from clipdefense.attacks.context import sent
 from clipdefense.attacks.norms import BALLS, l2_norm, per_image, project
 from clipdefense.attacks.objectives import Objective, get_objective
 from clipdefense.attacks.options import attack
@@ -69,7 +70,7 @@ class _Square:
         s["loss"] = torch.where(better, loss, s["loss"])
         query = (age + 1).clamp_max(len(self.sides) - 1)
         u = self.draws(s, query)
-        s["x_adv"] = self.propose(s, self.sides[query.to(loss.device)], u)
+        s["x_adv"] = self.propose(s, self.sides[sent(query, loss.device)], u)
         return s
 
     def result(self, s: engine.State) -> Tensor:
@@ -90,14 +91,14 @@ class _Square:
         place = query % BLOCK
         stale = ((place == 0) | (query == 1)).nonzero()[:, 0]
         if len(stale):
-            rows = stale.to(s["ids"].device)
-            first = (query[stale] - place[stale]).to(rows.device)
+            rows = sent(stale, s["ids"].device)
+            first = sent(query[stale] - place[stale], rows.device)
             streams = first[:, None] + torch.arange(BLOCK, device=rows.device)
             ids = s["ids"][rows, None].expand_as(streams)
             shape, dtype = s["u"].shape[2:], s["x"].dtype
             u = randomness.uniform(shape, ids.flatten(), seed=self.seed, stream=streams.flatten(), dtype=dtype)
             s["u"] = s["u"].index_copy(0, rows, u.view(len(rows), BLOCK, -1))
-        return s["u"][torch.arange(len(place), device=s["u"].device), place.to(s["u"].device)]
+        return s["u"][torch.arange(len(place), device=s["u"].device), sent(place, s["u"].device)]
 
 
 def _corner(u: Tensor, length: int, side: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from clipdefense.attacks.context import logits_of
-from clipdefense.attacks.engine import AttackWarning, prepare
+from clipdefense.attacks.doubts import AttackWarning
+from clipdefense.attacks.engine import prepare
 from clipdefense.audit import checks_attacks, checks_consistency, checks_gradient
 from clipdefense.audit.exam import OWN, VIEWS, Exam
 from clipdefense.audit.report import Accuracy, Audit, Finding, reason

@@ -128,7 +128,7 @@ def test_a_broken_images_place_is_taken_at_once() -> None:
         def forward(self, x: Tensor) -> Tensor:
             sizes.append(len(x))
             mean = x.flatten(1).mean(1)
-            return torch.stack([1 - mean, mean], dim=1)
+            return torch.stack([0.5 - mean, mean - 0.5], dim=1)
 
     x = torch.tensor([0.49, 0.1, 0.49, 0.1, 0.49, 0.1])[:, None, None, None].expand(6, 1, 2, 2)
     threat = ThreatModel("linf", 0.02, step_size=0.02, steps=3)

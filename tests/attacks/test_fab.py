@@ -10,7 +10,7 @@ from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
 from clipdefense import ThreatModel, attacks
-from clipdefense.attacks.fab import to_hyperplane
+from clipdefense.attacks.fab import by_newton, by_sorting, to_hyperplane
 from clipdefense.threat import NORMS, Norm
 
 DIMENSION = 6
@@ -83,6 +83,21 @@ def test_a_plane_out_of_reach_gives_the_nearest_corner(norm: Norm) -> None:
 def test_a_zero_gradient_stays_where_it_is(norm: Norm) -> None:
     d = to_hyperplane(torch.full((2, 3), 0.5), torch.zeros(2, 3), torch.tensor([1.0, 0.0]), norm)
     assert torch.equal(d, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("depth", [0.0, 0.01, 0.5, 0.95, 1.5])
+def test_sorting_and_newton_find_the_same(norm: Norm, depth: float) -> None:
+    """A GPU sorts, a CPU does not; half of the pixels lie at an end of the range, as in drawings."""
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.rand(8, 3000, generator=generator, dtype=torch.float64) * 2 - 0.5).clamp(0, 1)
+    w = torch.randn(8, 3000, generator=generator, dtype=torch.float64) ** 3
+    size, room = w.abs(), torch.where(w > 0, 1 - x, x)
+    kink, rate = (room, size) if norm == "linf" else (room / size, size.square())
+    need = depth * (size * room).sum(dim=1, keepdim=True)
+    sorting, newton = (reach(kink, size * room, rate, need) for reach in (by_sorting, by_newton))
+    torch.testing.assert_close(newton, sorting, rtol=1e-9, atol=1e-12)
+    assert newton.isinf().all() if depth > 1 else newton.isfinite().all()
 
 
 class Plane(nn.Module):

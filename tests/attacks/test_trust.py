@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 import clipdefense as cd
 from clipdefense import attacks
-from clipdefense.attacks.engine import AttackWarning
+from clipdefense.attacks.doubts import AttackWarning
 from clipdefense.attacks.options import Status
 from clipdefense.errors import UsageError
 
@@ -159,3 +161,131 @@ def test_the_l2_ball_holds_to_1e_7_at_full_size() -> None:
     for name, options in (*SHORT.items(), ("square", {"queries": 5})):
         x_adv = attacks.run(name, model, x, y, cd.ThreatModel("l2", eps, steps=3), early_stop=False, **options)
         assert float((x_adv.double() - x.double()).flatten(1).norm(dim=1).max()) <= eps + 1e-7
+
+
+def doubts(caught: pytest.WarningsRecorder) -> list[str]:
+    """The attack warnings, each told at the line of this file that called."""
+    found = [w for w in caught if issubclass(w.category, AttackWarning)]
+    assert all(w.filename == __file__ for w in found)
+    return [str(w.message) for w in found]
+
+
+EVERY: dict[str, dict[str, Any]] = {
+    **SHORT,
+    "square": {"queries": 3},
+    "autoattack": {"stages": {**{k: SHORT[k] for k in SHORT if k != "pgd"}, "square": {"queries": 3}}},
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_probabilities_are_told_of_once(
+    name: str, tiny_model: cd.ZeroShotClassifier, images: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    model, y = Wrapped(tiny_model, lambda z, x: z.softmax(1)), steady(tiny_model, images)
+    attacks.run(name, model, images, y, cd.ThreatModel("linf", 1e-5, steps=3), **EVERY[name])
+    assert [text[:27] for text in doubts(recwarn)] == ["model returns probabilities"]
+
+
+def test_log_probabilities_are_logits(
+    tiny_model: cd.ZeroShotClassifier, images: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    model, y = Wrapped(tiny_model, lambda z, x: z.log_softmax(1)), steady(tiny_model, images)
+    attacks.run("pgd", model, images, y, THREAT)
+    assert not doubts(recwarn)
+
+
+@pytest.mark.parametrize("name", ["apgd-t", "fab-t", "autoattack"])
+def test_dead_gradients_are_told_of_once_whatever_the_parts(
+    name: str, tiny_model: cd.ZeroShotClassifier, images: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = Wrapped(tiny_model, lambda z, x: z.detach() + 0 * z)
+    attacks.run(name, model, images, steady(tiny_model, images), cd.ThreatModel("linf", 1e-5), **EVERY[name])
+    (text,) = doubts(recwarn)
+    assert text.startswith("the input gradient is exactly zero on 12 of 12 images")
+
+
+def test_a_loss_that_saturates_is_no_dead_gradient_where_another_loss_moves(
+    tiny_model: cd.ZeroShotClassifier, images: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Logits times 1e5: the softmax is exactly one-hot in float32, while DLR and the margin see no scale."""
+    model, y, threat = (
+        Wrapped(tiny_model, lambda z, x: z * 1e5),
+        steady(tiny_model, images),
+        cd.ThreatModel("linf", 1e-5),
+    )
+    attacks.run("apgd-ce", model, images, y, threat, steps=3)
+    (text,) = doubts(recwarn)
+    assert "exactly zero on" in text
+    recwarn.clear()
+    attacks.run("autoattack", model, images, y, threat, **EVERY["autoattack"])
+    assert not doubts(recwarn)
+
+
+@pytest.mark.parametrize("change", [lambda z, x: z.detach(), lambda z, x: z.detach().requires_grad_()])
+@pytest.mark.parametrize("name", EVERY)
+def test_logits_cut_off_from_the_images_are_named(
+    name: str, change: Callable[..., Tensor], tiny_model: cd.ZeroShotClassifier, images: Tensor
+) -> None:
+    model, y = Wrapped(tiny_model, change), steady(tiny_model, images)
+    if name == "square":
+        assert attacks.run(name, model, images, y, THREAT, **EVERY[name]).shape == images.shape
+        return
+    with pytest.raises(UsageError, match=r"model's output has no gradient to x.*or use square"):
+        attacks.run(name, model, images, y, THREAT, **EVERY[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_told_of(
+    dtype: torch.dtype, tiny_model: cd.ZeroShotClassifier, images: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    y = steady(tiny_model, images)
+    attacks.run("apgd-t", tiny_model.to(dtype), images, y, THREAT, **SHORT["apgd-t"])
+    assert [text[:31] for text in doubts(recwarn)] == [f"model has {dtype} weights"[:31]]
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1, 1), (1, 3, 1, 1), (1,)])
+def test_a_foreign_model_may_call_what_it_likes_mean(shape: tuple[int, ...], images: Tensor) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.full(shape, 0.5))
+            self.linear = nn.Linear(3 * 32 * 32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.flatten(1))
+
+    model = Own()
+    assert attacks.run("pgd", model, images, steady(model, images), THREAT).shape == images.shape
+
+
+def test_a_function_checks_what_run_checks(tiny_model: cd.ZeroShotClassifier, images: Tensor) -> None:
+    y, threat = steady(tiny_model, images), THREAT
+    with pytest.raises(UsageError, match=r"model is a CLIPClassifier.*pass its \.model"):
+        attacks.pgd(cd.CLIPClassifier(tiny_model), images, y, threat)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"threat is 0\.1; a ThreatModel is expected"):
+        attacks.apgd_ce(tiny_model, images, y, 0.1)
+    with pytest.raises(UsageError, match="option of attack 'pgd' 'objectiv' is unknown; did you mean 'objective'"):
+        attacks.pgd(tiny_model, images, y, threat, objectiv="ce")
+    assert "doubts" not in inspect.signature(attacks.apgd_dlr).parameters
+
+
+def test_a_compiled_model_that_is_another_is_not_used(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3 * 32 * 32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.linear(x.flatten(1))
+            return logits.flip(1) if torch.compiler.is_compiling() else logits
+
+    # its tracing is what is needed here; code made for the processor takes long
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = Changes()
+    y, options = steady(model, images), {"early_stop": False, "seed": 3}
+    compiled = attacks.run("pgd", model, images, y, THREAT, compile=True, **options)
+    (text,) = doubts(recwarn)
+    assert text.startswith("the compiled model's logits differ")
+    assert torch.equal(compiled, attacks.run("pgd", model, images, y, THREAT, **options))

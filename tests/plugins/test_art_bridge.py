@@ -19,7 +19,7 @@ from art.exceptions import EstimatorError
 from torch import Tensor, nn
 
 from clipdefense import InputDefense, MissingPackageError, ThreatModel, UsageError, ZeroShotClassifier, get_attack
-from clipdefense.attacks import run
+from clipdefense.attacks import AttackWarning, run
 from clipdefense.attacks.foreign import within_budget
 from clipdefense_art import NativeAttack
 
@@ -59,6 +59,17 @@ def test_pgd_by_name_is_arts_own(
         found, run("art:ProjectedGradientDescentPyTorch", tiny_model, images, labels, threat, seed=8)
     )
     assert within_budget(threat, images, found).all()
+
+
+def test_probabilities_are_told_of_in_both_directions(
+    tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    model = nn.Sequential(tiny_model, nn.Softmax(dim=1))
+    with pytest.warns(AttackWarning, match="model returns probabilities"):
+        run("art:FastGradientMethod", model, images, labels, LINF)
+    with pytest.warns(AttackWarning, match="model returns probabilities") as told:
+        NativeAttack(art_classifier(model), threat=LINF).generate(images.numpy(), labels.numpy())
+    assert [warning.filename for warning in told] == [__file__]
 
 
 def test_fgsm_by_name_is_arts_own_and_starts_at_the_image(

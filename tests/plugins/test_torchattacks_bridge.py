@@ -13,7 +13,7 @@ import torchattacks
 from torch import Tensor, nn
 
 from clipdefense import ThreatModel, UsageError, ZeroShotClassifier, get_attack
-from clipdefense.attacks import run
+from clipdefense.attacks import AttackWarning, run
 from clipdefense.attacks.foreign import within_budget
 from clipdefense_torchattacks import NativeAttack
 from clipdefense_torchattacks.bridge import make
@@ -87,6 +87,15 @@ def test_pgd_and_the_native_one_agree_from_the_same_start(
     torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
     broken = tiny_model(ours).argmax(dim=1) != labels
     assert torch.equal(tiny_model(theirs).argmax(dim=1) != labels, broken)
+
+
+def test_probabilities_and_half_precision_are_told_of(
+    tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    with pytest.warns(AttackWarning, match="model returns probabilities"):
+        run("torchattacks:PGD", nn.Sequential(tiny_model, nn.Softmax(dim=1)), images, labels, LINF)
+    with pytest.warns(AttackWarning, match="model has torch.float16 weights"):
+        run("torchattacks:PGD", tiny_model.half(), images, labels, LINF)
 
 
 def test_images_go_in_batches(tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
