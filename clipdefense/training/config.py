@@ -34,7 +34,8 @@ class TrainingConfig:
         warmup_steps: updates of linear warm-up, ``lr * (step + 1) / warmup_steps`` at step 0, 1, ...
         warmup_cap: largest share of the run that warm-up takes, so that a published number of steps does not
             swallow a short run; 1 for exactly ``warmup_steps``. Overriding ``warmup_steps`` alone sets it to 1.
-        milestones: epochs at whose start the learning rate is multiplied by ``gamma``.
+        milestones: epochs at whose start the learning rate is multiplied by ``gamma``; one, several, or as on a
+            command line ``"60,80"``.
         gamma: factor at each milestone.
         max_steps: stop after so many updates, whatever ``epochs`` says.
         max_grad_norm: L2 norm to which the gradient of an update is clipped.
@@ -93,7 +94,7 @@ class TrainingConfig:
     show_progress: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))
+        object.__setattr__(self, "milestones", _epochs(self.milestones))
         if self.checkpoint is not None:
             object.__setattr__(self, "checkpoint", str(self.checkpoint))
         for name in ("epochs", "batch_size", "accumulate"):
@@ -117,6 +118,9 @@ class TrainingConfig:
         self._check_choices()
 
     def _check_choices(self) -> None:
+        for name in ("bf16", "low_memory", "resume", "deterministic", "show_progress"):
+            if not isinstance(getattr(self, name), bool):  # "no" would count as yes
+                raise UsageError(f"{name} is {getattr(self, name)!r}; True or False is expected.")
         if self.optimizer not in OPTIMIZERS:
             raise unknown_name("optimizer", str(self.optimizer), OPTIMIZERS)
         if self.schedule not in SCHEDULES:
@@ -156,6 +160,13 @@ class TrainingConfig:
     def as_dict(self) -> dict[str, Any]:
         """Every field, JSON-ready."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def _epochs(milestones: Any) -> tuple[Any, ...]:
+    """Whole numbers where they are, and whatever else was given, for a check to name."""
+    if isinstance(milestones, str):
+        return tuple(int(part) if part.strip().isdecimal() else part for part in milestones.split(","))
+    return tuple(milestones) if isinstance(milestones, (tuple, list)) else (milestones,)
 
 
 def check_selection(train: str) -> tuple[str, int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 from clipdefense.attacks.context import attack_mode, predict
@@ -21,7 +21,7 @@ from clipdefense.training import data, guard
 from clipdefense.training.checkpoint import save_model
 from clipdefense.training.config import TrainingConfig
 from clipdefense.training.memory import recomputing
-from clipdefense.training.parameters import training_only
+from clipdefense.training.parameters import all_used, training_only
 from clipdefense.training.progress import TrainingProgress
 from clipdefense.training.runtime import derive_seed, deterministic, generators_kept, on_device, seed_torch
 from clipdefense.training.schedule import learning_rate, total_steps
@@ -145,6 +145,8 @@ class Loop:
                     "unbroken one; arrays and map-style datasets do.",
                     stacklevel=5,
                 )
+        if self.share.world > 1 and not all_used(model, self.weights):
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.module = self.accelerator.prepare(LossModule(self.defense))
         self.good = guard.LastGood(model, self.weights)
 

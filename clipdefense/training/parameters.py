@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from clipdefense.errors import UsageError
 from clipdefense.training.config import check_selection
+
+if TYPE_CHECKING:
+    from clipdefense.classifier import ZeroShotClassifier
 
 # Names under which towers keep their last projection; open_clip's ViT: proj, ResNet: attnpool, timm: head or fc.
 _HEADS = ("proj", "projection", "head", "attnpool", "fc", "classifier")
@@ -80,6 +85,24 @@ def _last_blocks(tower: nn.Module, count: int) -> list[nn.Parameter]:
         chosen += [weight for _, child in children[place + 1 :] for weight in child.parameters()]
         parent = children[place][1]
     return chosen + _head(tower)
+
+
+def all_used(model: ZeroShotClassifier, weights: Sequence[nn.Parameter]) -> bool:
+    """Whether every one of the weights, which require gradients, has a part in the model's embeddings.
+
+    Towers bring along layers that they do not use, such as a pooler; processes that share a gradient must know.
+    """
+    side = model.image_size
+    blank = torch.zeros(1, model.mean.numel(), side, side, device=model.device)
+    modes = [(part, part.training) for part in model.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False  # batch statistics of one image are none
+        gradients = torch.autograd.grad(model.embed(blank).sum(), list(weights), allow_unused=True)
+    finally:
+        for part, training in modes:
+            part.training = training
+    return all(gradient is not None for gradient in gradients)
 
 
 def train_mode(module: nn.Module) -> None:

@@ -100,10 +100,10 @@ class PMGAFT(TrainerDefense):
 
     ``"released"`` changes the classifier's preprocessing in place when the fit begins, with a warning, because the
     weights it makes are only right with it: ``model.mean`` and ``model.std`` are as much part of the result as the
-    tower. They are in :meth:`hyper_parameters` and in the model file. A fit that fails before its first update puts
-    the old ones back. Models on other class lists (``with_classes``) that were made before the fit share the tower but
-    not the change: make them afterwards. With ``mix`` below 1, the tower is a mixture and the statistics are
-    ImageNet's. Its attack on scale-1 cosines pushes towards the mean of the classes rather than to the nearest wrong
+    tower. They are in :meth:`hyper_parameters` and in the model file. A fit that ends with the old weights puts the
+    old ones back. Models on other class lists (``with_classes``) share the tower and the change, but not the change
+    where the fit runs on another device than the model's: make them afterwards then. With ``mix`` below 1, the tower
+    is a mixture and the statistics are ImageNet's. Its attack on scale-1 cosines pushes towards the mean of the classes rather than to the nearest wrong
     one, and is weak; the trained model keeps its logit scale, so that it is evaluated on sharp logits. Divergences
     at scale 1 are small (1e-3), and ``bf16=True`` rounds them coarsely (by 6 % on the towers of the parity tests).
 
@@ -161,7 +161,7 @@ class PMGAFT(TrainerDefense):
                 "which are of 3; use variant='default'."
             )
         self.alpha, self.beta = float(alpha), float(beta)
-        self._before: tuple[Tensor, Tensor] | None = None  # mean and std, while a fit runs
+        self._before: tuple[Tensor, Tensor] | None = None  # mean and std, while a fit with others runs
 
     def default_threat(self) -> ThreatModel:
         return ThreatModel("linf", eps=1 / 255, step_size=1 / 255, steps=2)
@@ -203,11 +203,11 @@ class PMGAFT(TrainerDefense):
         return logits / self.model.head.scale.to(logits) if self.released else logits
 
     def begin(self) -> None:
-        self._before = self.model.mean.clone(), self.model.std.clone()
-        if self.released:
-            self._set_statistics()
         if self.alpha:
             self.teacher = self.frozen_copy()
+        if self.released:
+            self._before = self.model.mean.clone(), self.model.std.clone()
+            self._set_statistics()
 
     def _set_statistics(self) -> None:
         model = self.model
@@ -219,15 +219,19 @@ class PMGAFT(TrainerDefense):
                 f"and {IMAGENET_STD}; the weights are only right with them.",
                 stacklevel=2,
             )
-        model.mean.copy_(mean)
-        model.std.copy_(std)
+        for changed in (model, self.teacher):
+            changed.mean.copy_(mean)
+            changed.std.copy_(std)
 
     def end(self) -> None:
-        """The old statistics again where a fit fails with the old weights."""
-        if self._before is not None and not (self.history and self.history.steps):
-            self.model.mean.copy_(self._before[0])
-            self.model.std.copy_(self._before[1])
-        self._before = None
+        """The old statistics again where the weights are the old ones: the fit failed, or its first update diverged."""
+        before, self._before = self._before, None
+        if before is None:
+            return
+        now, then = self.model.tower.parameters(), self.teacher.tower.parameters()
+        if all(torch.equal(weight, old) for weight, old in zip(now, then)):
+            self.model.mean.copy_(before[0])
+            self.model.std.copy_(before[1])
 
     def attack_objective(self, batch: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         """Cross-entropy of each image, on the logits that the losses see."""

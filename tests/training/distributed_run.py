@@ -15,11 +15,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_tiny_model
 
 
+class Spare(torch.nn.Module):
+    """A tower with a layer that it does not use, as many have."""
+
+    def __init__(self, tower: torch.nn.Module) -> None:
+        super().__init__()
+        self.tower, self.pooler = tower, torch.nn.Linear(3, 3, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tower(x)
+
+
 def main(out: Path, accumulate: int) -> None:
     torch.use_deterministic_algorithms(True)
     generator = torch.Generator().manual_seed(3)
     x, y = torch.rand(20, 3, 32, 32, generator=generator, dtype=torch.float64), torch.arange(20) % 10
+    torch.manual_seed(0)
     model = make_tiny_model(dtype=torch.float64)
+    model.tower = Spare(model.tower)
     seen: dict[str, torch.Tensor] = {}
 
     def note(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,11 @@ def test_override_names_the_nearest_option() -> None:
         ("train", "head:1", "train 'head:1' is unknown"),
         ("accumulate", 300, "accumulate is 300 with batch_size 256"),
         ("milestones", (3,), "belong to schedule='milestones'"),
+        ("milestones", "30,soon", "milestones is 'soon'; a whole number"),
+        ("milestones", None, "milestones is None; a whole number"),
         ("resume", True, "resume is True but checkpoint is None"),
+        ("resume", "no", "resume is 'no'; True or False is expected"),
+        ("bf16", 1, "bf16 is 1; True or False"),
     ],
 )
 def test_values_outside_their_range_are_named(field: str, value: object, message: str) -> None:
@@ -102,3 +107,8 @@ def test_total_steps() -> None:
     assert total_steps(TrainingConfig(schedule="constant"), None) is None
     with pytest.raises(UsageError, match="the loader has no length"):
         total_steps(TrainingConfig(), None)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(60, (60,)), ([60, 80], (60, 80)), ("60, 80", (60, 80)), ("60", (60,))])
+def test_milestones_as_they_are_typed(given: Any, kept: tuple[int, ...]) -> None:
+    assert TrainingConfig(schedule="milestones", milestones=given).milestones == kept

@@ -12,7 +12,7 @@ from torch import nn
 
 from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.errors import UsageError
-from clipdefense.training.parameters import select_parameters, training_only
+from clipdefense.training.parameters import all_used, select_parameters, training_only
 
 
 def names_of(tower: nn.Module, train: str) -> set[str]:
@@ -95,3 +95,13 @@ def test_a_batchnorm_that_trains_updates_its_statistics(make_model: Callable[...
         model(torch.rand(4, 3, 8, 8))
     assert model.tower.stem[1].num_batches_tracked == 1
     assert not model.training
+
+
+def test_layers_that_a_tower_does_not_use_are_known(make_model: Callable[..., ZeroShotClassifier]) -> None:
+    model = make_model()
+    model.tower.train()
+    weights = list(model.tower.parameters())
+    assert all_used(model, weights)
+    spare = nn.Linear(3, 3)
+    assert not all_used(model, [*weights, spare.weight])
+    assert model.tower.training and all(weight.grad is None for weight in weights)
