@@ -100,12 +100,13 @@ class PMGAFT(TrainerDefense):
 
     ``"released"`` changes the classifier's preprocessing in place when the fit begins, with a warning, because the
     weights it makes are only right with it: ``model.mean`` and ``model.std`` are as much part of the result as the
-    tower. They are in :meth:`hyper_parameters` and in the model file. A fit that ends with the old weights puts the
-    old ones back. Models on other class lists (``with_classes``) share the tower and the change, but not the change
-    where the fit runs on another device than the model's: make them afterwards then. With ``mix`` below 1, the tower
-    is a mixture and the statistics are ImageNet's. Its attack on scale-1 cosines pushes towards the mean of the classes rather than to the nearest wrong
-    one, and is weak; the trained model keeps its logit scale, so that it is evaluated on sharp logits. Divergences
-    at scale 1 are small (1e-3), and ``bf16=True`` rounds them coarsely (by 6 % on the towers of the parity tests).
+    tower. They are in :meth:`hyper_parameters` and in the model file. A fit that ends with the old weights puts the old
+    ones back. Models on other class lists (``with_classes``) share the tower and the change, but not the change where
+    the fit runs on another device than the model's: make them afterwards then. With ``mix`` below 1, the tower is a
+    mixture and the statistics are ImageNet's. Its attack on scale-1 cosines pushes towards the mean of the classes
+    rather than to the nearest wrong one, and is weak; the trained model keeps its logit scale, so that it is evaluated
+    on sharp logits. Divergences at scale 1 are small (1e-3), and ``bf16=True`` rounds them coarsely (by 6 % on the
+    towers of the parity tests).
 
     Both variants share the rest: SGD at 5e-5 with momentum 0.9, no weight decay, batches of 256, 10 epochs, cosine to
     0; PGD with 2 steps of 1/255 in the Linf ball of radius 1/255, from a uniform point.
