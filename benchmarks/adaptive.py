@@ -143,7 +143,12 @@ class Trial:
         """All images, those of rows attacked; no image leaves early, one that is just broken says little."""
         x_adv = self.x.clone()
         if rows.any():
-            keys = {"eot": attacker.draws, "early_stop": False, "batch_size": BATCH, "seed": SEED}
+            keys = {
+                "eot": attacker.draws,
+                "early_stop": attacker.attack == "autoattack",
+                "batch_size": BATCH,
+                "seed": SEED,
+            }
             x_adv[rows] = get_attack(attacker.attack)(
                 attacker.module, self.x[rows], self.y[rows], self.threat, ids=self.ids[rows], **attacker.options, **keys
             )
@@ -247,7 +252,31 @@ def work_through(args: argparse.Namespace, console: Console) -> None:
             write_json(path, {"part": part, **Trial(subjects[of], defense, eps, budget).run(console.print)})
 
 
-def assemble(args: argparse.Namespace) -> dict[str, Any] | None:
+def autoattack(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """AutoAttack's version for random models (APGD-CE and APGD-DLR, 100 steps, 20 draws) through TTC, few images."""
+    path, eps = args.work / "demo-ttc-autoattack.json", "4/255"
+    if path.is_file():
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content["n"] == args.autoattack_n:
+            return content
+    console.print(f"{time.strftime('%H:%M:%S')} AutoAttack rand through TTC at {eps}")
+    subject = demo(args.autoattack_n, args.device)
+    trial = Trial(subject, get_defense("ttc")(subject.model), eps, budget_of("demo", args))
+    clean = trial.right(subject.x, torch.ones_like(subject.y, dtype=torch.bool))
+    spec = Attacker("autoattack rand", trial.judge, "autoattack", {"version": "rand"}, 20)
+    chosen = clean.any(dim=0).to(subject.x.device)
+    (_, correct), seconds = seconds_of(partial(trial.tried, spec, chosen), subject.x.device.type)
+    standing = clean.all(dim=0)
+    rows = [
+        trial.row("clean", "none", 0, clean, standing, 0.0),
+        trial.row(spec.title, "autoattack,version=rand", 20, correct, standing & correct.all(dim=0), seconds),
+    ]
+    content = {"n": len(subject.x), "eps": trial.threat.eps, "defense": constructed(trial.defense), "rows": rows}
+    write_json(path, content)
+    return content
+
+
+def assemble(args: argparse.Namespace, aa: dict[str, Any] | None) -> dict[str, Any] | None:
     """Everything, once every part is done."""
     found: dict[str, dict[str, Any]] = {}
     for part, radii in PARTS.items():
@@ -256,11 +285,20 @@ def assemble(args: argparse.Namespace) -> dict[str, Any] | None:
             if content is None:
                 return None
             found.setdefault(part, {})[eps] = content
-    names = ("demo_steps", "real_data_steps", "demo_queries", "real_data_queries", "eot", "dear_eot", "seeds")
+    names = (
+        "demo_steps",
+        "real_data_steps",
+        "demo_queries",
+        "real_data_queries",
+        "eot",
+        "dear_eot",
+        "seeds",
+        "autoattack_n",
+    )
     options = "".join(f" --{name.replace('_', '-')} {getattr(args, name)}" for name in names)
     options += "" if args.n is None else f" --n {args.n}"
     content = heading("adaptive", f'python benchmarks/adaptive.py --data "$CLIPDEFENSE_DATA"{options}')
-    return content | {"parts": found}
+    return content | {"parts": found, "autoattack_rand_through_ttc": aa}
 
 
 def table(content: dict[str, Any]) -> Table:
@@ -292,12 +330,13 @@ def main() -> None:
     parser.add_argument("--eot", type=int, default=4, help="draws a step")
     parser.add_argument("--dear-eot", type=int, default=2, help="draws a step of what is unrolled, and a query")
     parser.add_argument("--seeds", type=int, default=5, help="draws that judge a randomised defence")
+    parser.add_argument("--autoattack-n", type=int, default=20, help="images for AutoAttack rand through TTC; 0: none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
     console = Console(stderr=True, width=160)
     work_through(args, console)
-    content = assemble(args)
+    content = assemble(args, autoattack(args, console) if args.autoattack_n else None)
     if content is None:
         console.print("some parts are not done yet; call again for the whole.")
         return

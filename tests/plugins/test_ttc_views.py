@@ -376,3 +376,32 @@ class TestDefendedEmbedding:
             logits = module(images)
             later = ids - 2 * len(images)
             torch.testing.assert_close(logits, ttc.wrap(tiny_model)(images, later, 2))
+
+
+class TestAutoAttack:
+    """AutoAttack's version for randomised models, through TTC as it is published."""
+
+    def test_rand_completes_and_breaks_what_it_says(
+        self, tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor
+    ) -> None:
+        ttc, ids = TTC(tiny_model), torch.arange(len(images))
+        module = ttc.wrap(tiny_model)
+        assert (ttc.drift(images, ids=ids) < ttc.threshold).any()  # so that the counterattack is attacked, not noise
+        stages = {"apgd-ce": {"steps": 4}, "apgd-dlr": {"steps": 4}}
+        options: dict[str, Any] = {"version": "rand", "eot": 3, "verdict_draws": 5, "stages": stages}
+        threat = cd.ThreatModel("linf", 8 / 255)
+        x_adv = cd.attacks.run("autoattack", module, images, labels, threat, ids=ids, **options)
+        assert (x_adv - images).abs().max() <= threat.eps + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
+
+        def wrong(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                draws = torch.stack([module(x, ids=ids, seed=seed).argmax(dim=1) != labels for seed in range(5)])
+            return draws.float().mean(dim=0) > 0.5
+
+        moved = (x_adv != images).flatten(1).any(dim=1)
+        assert moved.sum() > 2 and not (moved & wrong(images)).any()
+        assert torch.equal(wrong(x_adv), moved | wrong(images))
+
+    def test_standard_is_refused(self, tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
+        with pytest.raises(cd.UsageError, match=r"is declared randomised.*version='rand'"):
+            cd.attacks.run("autoattack", TTC(tiny_model).wrap(tiny_model), images, labels, THREAT)
