@@ -21,12 +21,19 @@ def _signed(word: int) -> int:
 
 
 def _mix(h: Tensor) -> Tensor:
-    """The 32-bit avalanche finaliser of MurmurHash3, in wrapping int32 arithmetic (torch has no unsigned shift)."""
-    h = h ^ ((h >> 16) & 0xFFFF)
-    h = h * _signed(0x85EBCA6B)
-    h = h ^ ((h >> 13) & 0x7FFFF)
-    h = h * _signed(0xC2B2AE35)
-    return h ^ ((h >> 16) & 0xFFFF)
+    """The 32-bit avalanche finaliser of MurmurHash3, in wrapping int32 arithmetic (torch has no unsigned shift).
+
+    Overwrites h, which saves passes over memory: a batch's draws are as large as its images.
+    """
+    shifted = h >> 16
+    h ^= shifted.bitwise_and_(0xFFFF)
+    h *= _signed(0x85EBCA6B)
+    torch.bitwise_right_shift(h, 13, out=shifted)
+    h ^= shifted.bitwise_and_(0x7FFFF)
+    h *= _signed(0xC2B2AE35)
+    torch.bitwise_right_shift(h, 16, out=shifted)
+    h ^= shifted.bitwise_and_(0xFFFF)
+    return h
 
 
 def _halves(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +62,9 @@ def _words(shape: tuple[int, ...], ids: Tensor, seed: int, stream: int | Tensor)
     position = torch.arange(math.prod(shape), device=ids.device, dtype=torch.int64)
     counter = position * _signed(_GOLDEN) & _WORD
     counter = (counter - ((counter >> 31) << 32)).to(torch.int32)
-    return _mix(_mix(counter[None, :] + first[:, None]) ^ second[:, None])
+    words = _mix(counter[None, :] + first[:, None])
+    words ^= second[:, None]
+    return _mix(words)
 
 
 def uniform(
@@ -75,7 +84,9 @@ def uniform(
         Tensor of shape (N, *shape).
     """
     words = _words(shape, ids, seed, stream)
-    return ((words >> 8) & 0xFFFFFF).to(dtype).mul_(2.0**-24).view(ids.shape[0], *shape)
+    words >>= 8
+    words &= 0xFFFFFF
+    return words.to(dtype).mul_(2.0**-24).view(ids.shape[0], *shape)
 
 
 def normal(
