@@ -61,7 +61,7 @@ def subjects(size: str, device: str) -> list[Subject]:
     found = []
     for name, model, eps, n in (
         ("undefended", plain, 8 / 255, 32),
-        ("hardened", hardened_digits_clip(plain), 16 / 255, 16),
+        ("hardened", hardened_digits_clip(plain), 16 / 255, 64),
     ):
         model = model.to(device).eval()
         right = (attacks.predict(model, x.to(device)).argmax(dim=1).cpu() == y).nonzero()[:, 0]
