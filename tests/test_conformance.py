@@ -43,6 +43,12 @@ def test_a_defence_of_many_steps_passes() -> None:
     check_defense("hedge", audit=False, steps=2)
 
 
+@pytest.mark.parametrize("name", ["random-noise", "anti-adversary"])  # the others take a quarter of a minute each
+def test_built_in_test_time_defences_pass_the_audit_too(name: str) -> None:
+    found = run("audit", testtime.CHECKS["audit"], Case(name, registry().find("defenses", name).load(), {}))
+    assert found.outcome == "passed" and found.said in ("PASS", "WARN")
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_built_in_trainers_pass(name: str) -> None:
     # its negative prompt needs a text tower, which the suite's model has not

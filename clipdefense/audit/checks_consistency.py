@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipdefense.attacks.context import attack_mode
 from clipdefense.attacks.forward import takes_keys
@@ -16,7 +14,7 @@ from clipdefense.attacks.objectives import margin
 from clipdefense.audit.exam import Exam
 from clipdefense.audit.report import Finding, found, skipped
 from clipdefense.audit.statistics import ahead, guessing, least
-from clipdefense.audit.subject import Target, as_given, call, copied, finite, target_of
+from clipdefense.audit.subject import Target, as_given, call, copied, finite, operations, target_of
 from clipdefense.classifier import CLIP_MEAN, CLIP_STD
 from clipdefense.evaluation.statistics import wilson
 
@@ -116,6 +114,8 @@ def coupling(exam: Exam) -> Finding:
         strangers = torch.cat([x[half], 1 - x[half]])
         names = torch.cat([ids[half], ids[half] + len(x)])
         note("among other images", _answer(judge, strangers, names)[half], first[half], half)
+        everybody = torch.cat([exam.x, 1 - exam.x])  # a larger batch than any other question here
+        note("in a larger batch", _answer(judge, everybody)[: len(x)], first)
         few = slice(min(ALONE, len(x)))
         alone = [_answer(judge, x[i : i + 1], ids[i : i + 1]) for i in range(len(x[few]))]
         note("alone", torch.cat(alone), first[few], few)
@@ -174,23 +174,10 @@ def optimisation(exam: Exam) -> Finding:
     return found(6, {"undeclared_optimisation": 0 if declared else read[0]}, text)
 
 
-class _Count(TorchDispatchMode):
-    """Counts tensor operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        return func(*args, **(kwargs or {}))
-
-
 def _operations(module: nn.Module, x: Tensor) -> int:
     """Tensor operations of one forward pass."""
-    with attack_mode(module), torch.no_grad(), _Count() as count:
-        _answer(module, x)
-    return count.operations
+    with attack_mode(module), torch.no_grad():
+        return operations(lambda: _answer(module, x))
 
 
 def identity(exam: Exam) -> Finding:

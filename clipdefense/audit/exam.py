@@ -15,7 +15,7 @@ from clipdefense.attacks.objectives import cross_entropy
 from clipdefense.attacks.pgd import pgd
 from clipdefense.attacks.square import square
 from clipdefense.audit.statistics import ahead, mcnemar
-from clipdefense.audit.subject import Judged, Subject, Target, target_of
+from clipdefense.audit.subject import Judged, Subject, Target, operations, target_of
 from clipdefense.threat import ThreatModel
 
 FEW = 32  # images of the dearer checks
@@ -187,10 +187,13 @@ class Exam:
 
     @cached_property
     def strongest(self) -> Target:
-        """The target whose attack broke most; the first of those that broke as many."""
-        made = max(self.white, key=lambda made: int(made.judged.broken.sum()))
-        assert made.target is not None
-        return made.target
+        """The target whose attack broke most; of those that broke as many, the one whose gradient costs least."""
+        most = max(int(made.judged.broken.sum()) for made in self.white)
+        best = {made.target: None for made in self.white if made.target and int(made.judged.broken.sum()) == most}
+        if len(best) == 1:
+            return next(iter(best))
+        one = self.x[:1], self.y[:1]
+        return min(best, key=lambda target: operations(lambda: target.gradient(*one, cross_entropy)))
 
     @cached_property
     def transfer(self) -> tuple[Attempt, ...]:

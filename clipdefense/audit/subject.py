@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipdefense.attacks.context import attack_mode, full_fp32, predict
 from clipdefense.attacks.forward import takes_keys
@@ -77,6 +78,25 @@ class Target(nn.Module):
             except RuntimeError:
                 return None
         return gradient
+
+
+class _Count(TorchDispatchMode):
+    """Counts tensor operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(function: Callable[[], Any]) -> int:
+    """Tensor operations that a call takes, those of a backward pass included: its cost, the same on every run."""
+    with _Count() as count:
+        function()
+    return count.operations
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -166,7 +186,7 @@ def subject_of(model: nn.Module, defense: TestTimeDefense | None, x: Tensor, y: 
         model: a plain model, a wrapped defence, or a module that declares nothing.
         defense: a test-time defence around it, or None.
         x, y: images and labels to try things on.
-        eot: at most so many draws a step on views.
+        eot: at most so many draws a step on views; less where a tenth of the view's own number is less.
     """
     judge, undefended, part = model, None, ""
     inside, around = getattr(model, "model", None), getattr(model, "defense", None)
@@ -187,7 +207,7 @@ def subject_of(model: nn.Module, defense: TestTimeDefense | None, x: Tensor, y: 
         views = tuple(model.adaptive())  # type: ignore[operator]
     parts = [module for module in (judge, undefended) if module is not None]
     targets = [
-        Target(f"view {view.name}", view.forward, parts, extra=view.extra_loss, eot=min(view.eot, eot))
+        Target(f"view {view.name}", view.forward, parts, extra=view.extra_loss, eot=max(1, min(view.eot // 10, eot)))
         for view in views
     ]
     if defense is None or not views:

@@ -15,13 +15,13 @@ from audit_clean_models import EPS, RECIPES, train
 from clipdefense.audit import Audit, Verdict, audit, show
 from clipdefense.audit.run import ORDER, examination
 
-from .zoo import ZOO, AwayAndBack, Defect, Detached, LoopDefense
+from .zoo import LATER, ZOO, AwayAndBack, DeadView, Defect, Detached, LoopDefense, WrongView
 
 Models = Callable[[], dict[str, nn.Module]]
 FEW = 32
 
 
-@pytest.mark.parametrize("defect", ZOO, ids=lambda defect: defect.name.replace(" ", "-"))
+@pytest.mark.parametrize("defect", [*ZOO, *LATER], ids=lambda defect: defect.name.replace(" ", "-"))
 def test_each_defect_is_invalid_by_the_checks_meant_for_it(
     defect: Defect, trained: Models, held_back: tuple[Tensor, Tensor]
 ) -> None:
@@ -79,6 +79,17 @@ def test_a_loop_that_ends_where_it_began_is_found_as_a_defence_too(
         found = ORDER[7](exam)
         assert found.verdict is Verdict.INVALID and found.value is not None and found.value < 1e-5
         assert ORDER[15](exam).verdict is Verdict.WARN  # no views: transfer only
+
+
+@pytest.mark.parametrize(("defense", "meant"), [(WrongView, (8,)), (DeadView, (1, 8))])
+def test_views_that_mislead_are_found(
+    defense: type[cd.InputDefense], meant: tuple[int, ...], trained: Models, held_back: tuple[Tensor, Tensor]
+) -> None:
+    """A defence is no sounder for a view that does not show how it is to be attacked."""
+    x, y = held_back
+    with examination(trained()["cnn"], x, y, cd.ThreatModel("linf", EPS), defense=defense()) as exam:
+        for number in meant:
+            assert ORDER[number](exam).verdict is Verdict.INVALID, number
 
 
 def test_a_module_that_only_hands_on_is_no_defence(trained: Models, held_back: tuple[Tensor, Tensor]) -> None:

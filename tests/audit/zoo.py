@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import clipdefense as cd
+from clipdefense.randomness import uniform
 
 EPS = 0.1
 THREAT = cd.ThreatModel("linf", EPS)
@@ -139,6 +140,103 @@ class AwayAndBack(Around):
         return self.net.head(embedding)
 
 
+class Thermometer(Around):
+    """Pixels as the share of thresholds they are above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = torch.linspace(0, 0.9, 10).view(1, 10, 1, 1)
+        return self.net((x > levels).float().mean(dim=1, keepdim=True))
+
+
+class ReversedThrough(Around):
+    """A straight-through trick with the wrong sign."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.net(x)
+        return 2 * logits.detach() - logits
+
+
+class OtherWithGradients(Around):
+    """Another network where somebody differentiates."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.flip(-1) if torch.is_grad_enabled() and x.requires_grad else x)
+
+
+class BySize(Around):
+    """Another network in large batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x if len(x) < 40 else x.roll(1, -1))
+
+
+class OffGrid(Around):
+    """Images that are not of whole 16ths, as attacked ones are not, are coarsened first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        off = (x * 16 - (x * 16).round()).abs().amax(dim=(1, 2, 3)) > 1e-4
+        return self.net(torch.where(off[:, None, None, None], (x * 3).round() / 3, x))
+
+
+class RunningMean(Around):
+    """Takes off a mean that every question moves."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__(net)
+        self.register_buffer("mean", torch.zeros(1, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean(dim=0))
+        return self.net(x - 0.2 * self.mean)
+
+
+class ZerothOrder(Around):
+    """A random search for a surer neighbour, and a straight-through gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        generator, best = torch.Generator().manual_seed(0), x.detach().clone()
+        with torch.no_grad():
+            sure = self.net(best).logsumexp(dim=1)
+            for _ in range(10):
+                near = (x.detach() + 0.1 * torch.randn(x.shape[1:], generator=generator)).clamp(0, 1)
+                now = self.net(near).logsumexp(dim=1)
+                best = torch.where((now > sure)[:, None, None, None], near, best)
+                sure = torch.maximum(sure, now)
+        return self.net(x + (best - x).detach())
+
+
+class ContentKeyed(Around):
+    """Noise that is a chaotic function of the pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = (x.detach() * 1e4).sum(dim=(1, 2, 3), keepdim=True)
+        place = torch.arange(64).view(1, 1, 8, 8)
+        return self.net(x + 0.3 * (torch.frac(torch.sin(key * 12.9898 + place * 78.233) * 43758.5453) - 0.5))
+
+
+class WrongView(cd.InputDefense):
+    """Noise, declared, whose view is of another network than the one that judges."""
+
+    traits = cd.Traits(randomized=True)
+
+    def perturb(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        assert noise is not None
+        return ((x + noise).clamp(0, 1) - x).detach()
+
+    def draw(self, x: Tensor, ids: Tensor, seed: int) -> Tensor:
+        return (uniform(tuple(x.shape[1:]), ids, seed=seed) - 0.5) * 0.2
+
+    def adaptive(self, model: nn.Module) -> tuple[cd.AttackView, ...]:
+        return (cd.AttackView("eot", lambda x, ids, seed: model(x.flip(-1)), eot=20),)
+
+
+class DeadView(WrongView):
+    """The same with a view that has no gradient."""
+
+    def adaptive(self, model: nn.Module) -> tuple[cd.AttackView, ...]:
+        return (cd.AttackView("eot", lambda x, ids, seed: self.bpda(model, x.detach(), ids, seed), eot=20),)
+
+
 class LoopDefense(cd.TestTimeDefense):
     """The same as a defence that says so."""
 
@@ -190,4 +288,16 @@ ZOO = (
     Defect("wrong input range", around(WrongRange), (19,), True),
     Defect("eps off by 255", lambda nets: nets["cnn"], (18,), True, cd.ThreatModel("linf", EPS / 255)),
     Defect("loop that rotates away and back", around(AwayAndBack), (7,), True),
+)
+
+# thought of after the audit was finished; one of them, the batch size, was missed at first
+LATER = (
+    Defect("thermometer", around(Thermometer), (1,)),
+    Defect("reversed straight-through", around(ReversedThrough), (2,)),
+    Defect("another network with gradients", around(OtherWithGradients), (4,)),
+    Defect("another network in large batches", around(BySize), (5,)),
+    Defect("off-grid images coarsened", around(OffGrid), (1, 8)),
+    Defect("running mean", around(RunningMean), (5,)),
+    Defect("zeroth-order search", around(ZerothOrder), (2,)),
+    Defect("noise keyed by content", around(ContentKeyed), (2,)),
 )
