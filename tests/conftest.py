@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import clipdefense
 from clipdefense.classifier import ZeroShotClassifier
 
 CLASSES = tuple(f"thing {i}" for i in range(10))
@@ -73,6 +75,19 @@ def data_folder() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("real data: set CLIPDEFENSE_DATA to the folder that holds caltech101_64.npz and the others")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def digits_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder with the digits model in it, trained once (half a minute) for all workers of a test run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "digits-cache"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patch.setenv("CLIPDEFENSE_CACHE", str(folder))
+        clipdefense.load_model("demo:digits", progress=False)
+    return folder
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import Distribution, distributions
@@ -98,6 +100,53 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None
     packages = {name.partition("/")[0] for name in packed}
     assert {f"{package}/py.typed" for package in packages} <= packed
     assert "clipdefense/evaluation/templates/report.html.j2" in packed
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The names in the source distribution, below its folder."""
+    folder = tmp_path_factory.mktemp("sdist")
+    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(ROOT)])
+    (built,) = folder.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        return {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+
+
+def test_the_source_distribution_holds_what_its_tests_and_documentation_need(sdist: set[str]) -> None:
+    for folder, pattern in (
+        ("docs", "*"),
+        ("examples", "*"),
+        ("benchmarks", "*.py"),
+        ("benchmarks/results", "*.json"),
+        ("clipdefense", "*"),
+        ("plugins", "*"),
+    ):
+        wanted = {
+            str(path.relative_to(ROOT))
+            for path in (ROOT / folder).rglob(pattern)
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+        assert wanted and wanted <= sdist, sorted(wanted - sdist)
+    texts = {f"{name}.md" for name in ("README", "ARCHITECTURE", "CHANGELOG", "CONTRIBUTING", "SECURITY")}
+    others = {"CITATION.cff", "mkdocs.yml", "pyproject.toml", "tests/test_packaging.py", "tests/parity/parity.npz"}
+    assert texts | others <= sdist
+    assert not [name for name in sdist if name.startswith((".venv", "build/", "runs/")) or name.endswith(".pyc")]
+
+
+def test_the_documentation_is_built_without_torchattacks(project: dict[str, Any]) -> None:
+    extras = project["project"]["optional-dependencies"]
+    assert any(each.startswith("mkdocs-material") for each in extras["docs"])
+    assert not any("torchattacks" in each or "clipdefense" in each for each in extras["docs"])
+    assert not any("torchattacks" in each for each in project["project"]["dependencies"])
+    steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert 'optional-dependencies"]["docs"]' in steps and "mkdocs build --quiet --strict" in steps
+
+
+def test_the_citation_is_of_this_version(project: dict[str, Any]) -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    versions = re.findall(r"^version: (\S+)$", citation, re.MULTILINE)
+    assert versions == [project["project"]["version"]]
+    assert f"({versions[0]})" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_importing_it_imports_nothing_heavy_and_plugins_are_found(installed: Path) -> None:
