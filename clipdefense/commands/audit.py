@@ -20,7 +20,9 @@ def audit(
     norm: NormName = "linf",
     defense: Annotated[str | None, typer.Option("--defense", help="A test-time defence to audit, e.g. ttc.")] = None,
     option: Options = None,
-    n: Annotated[int, typer.Option("--n", min=8, max=64, help="Images, drawn evenly over the classes.")] = 64,
+    n: Annotated[
+        int, typer.Option("--n", min=8, max=64, help="At most so many images, drawn evenly over the classes.")
+    ] = 64,
     split: Split = None,
     size: Size = None,
     fail_under: Annotated[
@@ -53,10 +55,10 @@ def audit(
         raise UsageError("--option is for a defence; name one with --defense.")
     cli.check_places(out)
     cls = None if defense is None else cli._kind(defense, "test-time")
-    classifier, images = cli._load(model, data, n, seed, split, size, target)
+    classifier, images = cli._load(model, data, None, seed, split, size, target)
     chosen = None if cls is None else cli._construct(cls, str(defense), classifier, **cli._options(option))
     with Console(stderr=True, quiet=quiet).status("loading"):
-        x, y = (tensor.to(target) for tensor in images.tensors())
+        x, y = (tensor.to(target) for tensor in images.sample(min(n, len(images)), seed).tensors())
     result = examine(classifier, x, y, threat, chosen, seed, quiet)
     console = Console()
     missed = [text for text in (floor.missed(result) for floor in floors) if text]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,28 +96,55 @@ def test_an_audit_of_another_eps_says_nothing(judged: Evaluation) -> None:
         judged.audited(other)
 
 
-def test_evaluate_with_audit_on_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """``call("audit", ...)``: a command on a tiny CLIP of two classes and eight images: (code, stdout, stderr)."""
     config = {
         "embed_dim": 16,
         "vision_cfg": {"layers": 1, "width": 64, "patch_size": 8, "image_size": 16},
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
     }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.model.CLIP(**config)
     (tmp_path / "tiny.json").write_text(json.dumps(config))
-    save_file(open_clip.model.CLIP(**config).state_dict(), tmp_path / "tiny.safetensors")
+    save_file(clip.state_dict(), tmp_path / "tiny.safetensors")
     x = np.random.default_rng(0).random((8, 3, 16, 16), dtype=np.float32)
     np.savez(tmp_path / "few.npz", x=x, y=np.arange(8) % 2, classes=np.array(["cat", "dog"]))
     model = f"open_clip:{tmp_path / 'tiny.json'}@{tmp_path / 'tiny.safetensors'}"
+    common = ["-m", model, "-d", f"arrays:{tmp_path / 'few.npz'}", "--device", "cpu", "--quiet"]
+
+    def run(command: str, *extra: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["clipdefense", command, *common, *extra])
+        monkeypatch.setenv("COLUMNS", "4000")
+        with pytest.raises(SystemExit) as leave:
+            main()
+        return int(str(leave.value.code or 0)), *capsys.readouterr()
+
+    return run
+
+
+def test_evaluate_with_audit_on_the_command_line(call: Call, tmp_path: Path) -> None:
     out, html = tmp_path / "result.json", tmp_path / "page.html"
-    command = ["evaluate", "-m", model, "-d", f"arrays:{tmp_path / 'few.npz'}", "--device", "cpu", "--audit", "--quiet"]
-    command += ["-a", "pgd,steps=1", "--eps", "200/255", "--out", str(out), "--html", str(html)]  # over half the range
-    monkeypatch.setattr(sys, "argv", ["clipdefense", *command])
-    monkeypatch.setenv("COLUMNS", "4000")
-    with pytest.raises(SystemExit) as leave:
-        main()
-    shown, complaint = capsys.readouterr()
-    assert leave.value.code in (0, None) and complaint == ""
+    over_half_the_range = ("--eps", "200/255")
+    attack = ("-a", "pgd,steps=1", "--audit", "--out", str(out), "--html", str(html))
+    code, shown, complaint = call("evaluate", *over_half_the_range, *attack)
+    assert code == 0 and complaint == ""
     assert "threat model (19)" in json.loads(out.read_text())["withheld"]
     for text in (shown, html.read_text(encoding="utf-8")):
         assert report.WITHHELD in text and "threat model (19)" in text
+
+
+def test_a_build_fails_on_a_real_audit(call: Call, tmp_path: Path) -> None:
+    """Half of the two classes' labels are wrong, so that no accuracy is near 100 %."""
+    out = tmp_path / "audit.json"
+    code, shown, complaint = call("audit", "--eps", "4/255", "--fail-under", "adaptive=90", "--out", str(out))
+    assert complaint == ""
+    found = json.loads(out.read_text())
+    assert code == 1 and "under 90 %" in shown and found["verdict"] != "INVALID" and found["adaptive"]["accuracy"] < 0.9
+    assert call("audit", "--eps", "4/255", "--fail-under", "adaptive=0")[0] == 0
+    code, shown, _ = call("audit", "--eps", "200/255")
+    assert code == 1 and "adaptive: withheld" in shown
