@@ -52,8 +52,16 @@ def robustness_table(content: dict[str, Any]) -> str:
             lines.append(
                 f"| {title} | {name} | {share(by_eps[eps[0]], 'clean')} | {' | '.join(robust)} | {comparison} |"
             )
-    under = f"After {' and '.join(cells[0]['attacks'])}, n = {cells[0]['n']} a row, one seed. "
+    under = f"After {' and '.join(cells[0]['attacks'])}, n = {cells[0]['n']} a row, one seed. {_rates(content)}"
     return "\n".join([*lines, "", under + machine_line(content)])
+
+
+def _rates(content: dict[str, Any]) -> str:
+    """The learning rate of each method, the first of those that keep most held-out training images."""
+    tried = content.get("learning rates, on held-out training images", {})
+    chosen = (f"{name} {max(rates, key=lambda lr: rates[lr]['robust'])}" for name, rates in tried.items() if rates)
+    listed = "; ".join(chosen)
+    return f"Learning rates: {listed}. " if listed else ""
 
 
 def attacks_table(content: dict[str, Any]) -> str:
@@ -92,11 +100,17 @@ def audit_table(content: dict[str, Any]) -> str:
 
 def kills_table(content: dict[str, Any]) -> str:
     """What was killed, how often, and in how many of the cases the rows came out identical."""
-    lines = ["| what happened | times | rows identical | nothing done twice |", "|---|---:|---:|---:|"]
-    for key, what in (("random_kills", "killed at a random moment"), ("worst_kills", "killed at a worst moment")):
+    lines = ["| what happened | times | result identical | nothing done twice |", "|---|---:|---:|---:|"]
+    kinds = {
+        "random_kills": "an evaluation killed at a random moment",
+        "worst_kills": "an evaluation killed at a worst moment",
+        "fine_tune_kills": "a fine-tune killed at a random moment (its weights)",
+    }
+    for key, what in kinds.items():
         cases = content.get(key, [])
-        same, once = (sum(bool(case[field]) for case in cases) for field in ("identical", "nothing_twice"))
-        lines.append(f"| {what} | {len(cases)} | {same} | {once} |")
+        once = [case["nothing_twice"] for case in cases if "nothing_twice" in case]
+        twice = str(sum(once)) if once else "-"
+        lines.append(f"| {what} | {len(cases)} | {sum(case['identical'] for case in cases)} | {twice} |")
     for key, what in (("shards", "done in shards, then merged"), ("full_disk", "disk full")):
         if key in content:
             once = str(int(content[key]["nothing_twice"])) if "nothing_twice" in content[key] else "-"
