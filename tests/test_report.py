@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from clipdefense.evaluation import charts, report
-from clipdefense.evaluation.fingerprint import fingerprint
+from clipdefense.evaluation.fingerprint import fingerprint, hashed_once
 from clipdefense.evaluation.runner import Evaluation, Row
 from clipdefense.evaluation.statistics import wilson
 from clipdefense.files import write_json
@@ -262,3 +262,20 @@ def test_a_fingerprint_says_which_model_on_which_machine() -> None:
     )
     assert renamed["class_names_sha256"] != facts["class_names_sha256"]
     assert shifted["mean"] == [0.5, 0.5, 0.5] != facts["mean"]
+
+
+def test_weights_are_hashed_once_for_who_judges_them_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, counted = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)], [0]
+
+    def counting(model: torch.nn.Module) -> str:
+        counted[0] += 1
+        return sha256_of_weights(model)
+
+    monkeypatch.setattr("clipdefense.evaluation.fingerprint.sha256_of_weights", counting)
+    known: dict[int, str] = {}
+    with hashed_once(known):
+        seen = [fingerprint(model)["weights_sha256"] for model in (*models, *models)]
+    assert counted == [2] and seen[:2] == seen[2:] == [sha256_of_weights(model) for model in models]
+    with torch.no_grad():
+        models[0].weight.add_(1)
+    assert fingerprint(models[0])["weights_sha256"] == sha256_of_weights(models[0]) != seen[0]  # outside: always anew

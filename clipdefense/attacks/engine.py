@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -181,7 +182,8 @@ class _Run:
         self.options, self.keys, self.goal = task.options, keys, goal
         self.forward = Forward(task.model, task.ids, task.seed, task.options)
         self.inside: Callable[[State], Tensor] | None = getattr(method, "inside", None)
-        self.gradient_at: Callable[[Tensor], Tensor] = getattr(method, "gradient_at", self._always)
+        # no method of its own: an object that refers to itself keeps a unit's tensors until the collector runs
+        self.gradient_at: Callable[[Tensor], Tensor] = getattr(method, "gradient_at", partial(_always, method))
         self.late = reads_late(task.x.device)
         self.x_adv = task.x.clone()
         self.broken = torch.zeros(len(task.x), dtype=torch.bool)
@@ -295,9 +297,6 @@ class _Run:
             raise UsageError(f"objective returned shape {tuple(loss.shape)}; one loss an image, {tuple(y.shape)}.")
         return loss
 
-    def _always(self, age: Tensor) -> Tensor:
-        return torch.full(age.shape, self.method.uses_gradient)
-
     def _claim(self, wrong: Tensor, logits: Tensor, x_adv: Tensor, usable: Tensor) -> _Claim:
         if not self.options.early_stop:
             wrong = torch.zeros_like(wrong)
@@ -381,3 +380,7 @@ class _Run:
             # images in flight count by the evaluations that they have had
             share = (self.done + float(self.age.sum()) / self.method.evaluations) / total
             self.options.progress(Status("", self.done, total, robust, passed * (1 - share) / max(share, 1e-9)))
+
+
+def _always(method: Method, age: Tensor) -> Tensor:
+    return torch.full(age.shape, method.uses_gradient)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from clipdefense.data import ImageDataset
 from clipdefense.data.protocols import get_protocol
 from clipdefense.defenses import TestTimeDefense
 from clipdefense.errors import UsageError, check_options
-from clipdefense.evaluation.fingerprint import constructed, fingerprint, machine
+from clipdefense.evaluation.fingerprint import constructed, fingerprint, hashed_once, machine
 from clipdefense.evaluation.roles import check_roles
 from clipdefense.evaluation.runner import AttackSpec
 from clipdefense.evaluation.targets import has_views, is_randomized, select, views_of
@@ -29,7 +29,7 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """What a cell judges, ready to run."""
+    """What a cell judges, ready to run; ``hashes`` are those of its weights, see :func:`hashed_once`."""
 
     model: nn.Module
     defense: TestTimeDefense | None
@@ -37,6 +37,7 @@ class Subject:
     attacks: list[AttackSpec]
     seeds: range
     facts: Facts
+    hashes: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def judge(self) -> nn.Module:
@@ -87,6 +88,7 @@ class Builder:
         self.shapes = {label: _shape(dataset) for label, dataset in self.datasets.items()}
         self._model: tuple[tuple[str, str], nn.Module] | None = None
         self._subject: tuple[int, Subject] | None = None
+        self._hashes: dict[int, str] = {}
 
     def _datasets(self) -> dict[str, ImageDataset]:
         found: dict[str, ImageDataset] = {}
@@ -121,7 +123,7 @@ class Builder:
             images = self.datasets[cell.dataset.label]
             options = {**self._prompts(cell.model, images), **cell.model.options}
             model = load_model(cell.model.spec, classes=images.classes, device=self.device, **options)
-            self._model = key, model
+            self._model, self._hashes = (key, model), {}
         return self._model[1]
 
     def _prompts(self, table: ModelTable, images: ImageDataset) -> Facts:
@@ -141,8 +143,12 @@ class Builder:
             attacks = self.config.attacks_of(cell.threat, cell.dataset, randomized=randomized)
             draws = self.config.verdict_seeds if randomized else 1
             seeds = range(self.config.seed, self.config.seed + draws)
-            facts = self._facts(cell, model, defense, attacks)
-            self._subject = cell.number, Subject(model, defense, threat, attacks, seeds, facts)
+            # the model's hash serves all its cells; a defence's own modules go with the cell, and so do their hashes
+            hashes = dict(self._hashes)
+            with hashed_once(hashes):
+                facts = self._facts(cell, model, defense, attacks)
+            self._hashes = {id(model): hashes[id(model)]}
+            self._subject = cell.number, Subject(model, defense, threat, attacks, seeds, facts, hashes)
         return self._subject[1]
 
     def _facts(self, cell: Cell, model: nn.Module, defense: TestTimeDefense | None, attacks: list[AttackSpec]) -> Facts:

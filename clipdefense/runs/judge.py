@@ -14,6 +14,7 @@ from torch import Tensor
 from clipdefense.attacks.context import predict
 from clipdefense.attacks.objectives import margin
 from clipdefense.attacks.options import Status
+from clipdefense.evaluation.fingerprint import hashed_once
 from clipdefense.evaluation.results import Row
 from clipdefense.evaluation.runner import evaluate
 from clipdefense.evaluation.targets import TRANSFER
@@ -180,7 +181,8 @@ def judge_unit(
     """
     began = time.monotonic()
     x, y, ids = (tensor.to(device) for tensor in (batch.x, batch.y, batch.ids))
-    record = _attacked(cell, subject, (x, y, ids), config, bucket, progress, first) if len(x) else None
+    with hashed_once(subject.hashes):
+        record = _attacked(cell, subject, (x, y, ids), config, bucket, progress, first) if len(x) else None
     finished = Finished(
         verdicts=[] if record is None else record.verdicts,
         attacks=[] if record is None else record.attacks,

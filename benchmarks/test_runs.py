@@ -1,0 +1,68 @@
+"""What a run costs over the bare attack: verdicts, and then decoding, storing and summing up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import clipdefense.runs.run as module
+from clipdefense.evaluation import evaluate
+from clipdefense.runs.build import Builder
+from clipdefense.runs.config import read_config
+from clipdefense.runs.judge import look
+from clipdefense.runs.run import run
+from clipdefense.runs.units import cells
+from common import interleaved
+
+IMAGES = {"smoke": 256, "cpu": 512, "full": 4096}
+
+
+@pytest.mark.parametrize("attack", ["pgd,steps=10,early_stop=false", "pgd,steps=100,early_stop=false"])
+def test_overhead(
+    attack: str, size: str, device: str, tmp_path: Path, record: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the demo's digits, whose model is small, so that everything around the attack weighs most."""
+    if size == "smoke" and "steps=100" in attack:
+        pytest.skip("--size cpu or full")
+    if device == "cpu":
+        torch.set_num_threads(1)
+    data = {"spec": "digits:train", "n": min(IMAGES[size], 1400), "name": "digits"}
+    tables = {"models": ["demo:digits"], "datasets": [data], "attacks": [attack], "threats": [{"eps": "6/255"}]}
+    config = read_config({**tables, "exhibits": False})
+    builder = Builder(config, device)
+    subject = builder.subject(cells(config)[0])
+    x, y = (tensor.to(device) for tensor in builder.datasets["digits"].tensors())
+    ids = builder.datasets["digits"].ids.to(device)
+    function, threat, options = subject.attacks[0].bind(subject.threat)
+    monkeypatch.setattr(module, "Builder", lambda *_: builder)  # what loading costs is no matter of the run
+    number = iter(range(1000))
+
+    def twice() -> None:  # clean, and attacked, as the store wants them
+        for _ in range(2):
+            look(subject, x, y, ids, subject.seeds, config.batch_size)
+
+    seconds = interleaved(
+        {
+            "attack": lambda: function(subject.model, x, y, threat, ids=ids, batch_size=128, **options),
+            "attack and verdicts": lambda: evaluate(subject.model, x, y, threat, attacks=[attack], ids=ids),
+            "verdicts for the store": twice,
+            "run": lambda: run(config, tmp_path / str(next(number)), device=device),
+        },
+        5,
+        device,
+    )
+    bare = seconds["attack"]
+    rest = seconds["run"] - seconds["attack and verdicts"] - seconds["verdicts for the store"]
+    figures = {
+        "images": len(x),
+        "attack": attack,
+        "seconds": seconds,
+        "verdicts over the bare attack": seconds["attack and verdicts"] / bare - 1,
+        "verdicts for the store over the bare attack": seconds["verdicts for the store"] / bare,
+        "decode, store and summaries over the bare attack": rest / bare,
+        "run over the bare attack": seconds["run"] / bare - 1,
+    }
+    record(f"runs_overhead_{'pgd10' if 'steps=10,' in attack else 'pgd100'}", figures)
