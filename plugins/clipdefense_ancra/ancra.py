@@ -230,16 +230,18 @@ class ANCRA(TrainerDefense):
             UsageError: a batch of one class, or draws passed in that do not fit.
         """
         x, y, ids = batch["x"], batch["y"], batch["ids"]
-        made = {}
-        if self.zeta:
-            if negatives is None:
-                negatives = draw_negatives(y, ids, len(self.model.class_names), seed=seed)
-            else:
-                _check_negatives(negatives, y)
-            begin = self._begin("negative_noise", x, ids, negative_noise, seed, NEGATIVE_STREAM)
-            made = {"negatives": negatives, "x_neg": self._attack(batch, x[negatives], y[negatives], begin, target=y)}
+        if self.zeta and negatives is None:
+            negatives = draw_negatives(y, ids, len(self.model.class_names), seed=seed)
+        elif self.zeta and negatives is not None:
+            _check_negatives(negatives, y)
         begin = self._begin("noise", x, ids, noise, seed, START_STREAM)
-        return {"x_adv": self._attack(batch, x, y, begin), **made}
+        if not self.zeta or negatives is None:
+            return {"x_adv": self._attack(batch, x, y, begin, torch.zeros_like(y))}
+        begin = torch.cat([begin, self._begin("negative_noise", x, ids, negative_noise, seed, NEGATIVE_STREAM)])
+        # both attacks are on the anchors' labels, one away from them and one towards them: one run of twice the images
+        towards = torch.arange(2, device=y.device).repeat_interleave(len(y))
+        x_adv, x_neg = self._attack(batch, torch.cat([x, x[negatives]]), y.repeat(2), begin, towards).chunk(2)
+        return {"x_adv": x_adv, "negatives": negatives, "x_neg": x_neg}
 
     def _begin(self, name: str, x: Tensor, ids: Tensor, given: Tensor | None, seed: int, stream: int) -> Tensor:
         if given is not None and given.shape != x.shape:
@@ -247,21 +249,19 @@ class ANCRA(TrainerDefense):
         draw = normal(tuple(x.shape[1:]), ids, seed=seed, stream=stream, dtype=x.dtype) if given is None else given
         return self.start * draw
 
-    def _attack(
-        self, batch: Mapping[str, Tensor], x: Tensor, y: Tensor, begin: Tensor, target: Tensor | None = None
-    ) -> Tensor:
-        network = self._network()
-        objective = self.attack_objective(batch)
+    def _attack(self, batch: Mapping[str, Tensor], x: Tensor, y: Tensor, begin: Tensor, towards: Tensor) -> Tensor:
+        """PGD away from the labels y where ``towards`` (M,) is 0, and towards them where it is 1."""
+        network, objective = self._network(), self.attack_objective(batch)
         return pgd(
             self.model if network is None else AllHeads(network),
             x,
             y,
             self.threat,
-            objective=objective if target is None else _towards(objective),
-            target=target,
+            objective=lambda logits, labels, sign: (1 - 2 * sign) * objective(logits, labels),
+            target=towards,
             init=begin,
             early_stop=False,
-            batch_size=len(x),
+            batch_size=len(batch["x"]) if self.low_memory else len(x),
         )
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -307,11 +307,6 @@ class ANCRA(TrainerDefense):
             return bhattacharyya_contrast(logits, logits_neg, alpha=self.alpha)
         assert clean.features is not None and negative.features is not None
         return feature_contrast(clean.features, negative.features, alpha=self.alpha, margin=self.margin)
-
-
-def _towards(objective: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The targeted form of an objective: largest where that of the target is smallest."""
-    return lambda logits, y, target: -objective(logits, target)
 
 
 def _check_name(option: str, value: Any, known: tuple[str | None, ...]) -> None:
