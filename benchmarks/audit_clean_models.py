@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import clipdefense as cd
 from clipdefense.audit import Audit, Verdict, audit
-from clipdefense.evaluation.fingerprint import machine
 from clipdefense.files import write_json
+from common import heading
 
 RECIPES = ("cnn", "batchnorm", "mlp", "adversarial")
 SEEDS = range(5)
@@ -101,7 +101,8 @@ def main() -> None:
             rows.append(row | {"seconds": seconds, "measured": {f.name: dict(f.measured) for f in result.findings}})
             print(row)
     counts = {name: sum(row["verdict"] == name for row in rows) for name in ("PASS", "WARN", "INVALID")}
-    write_json(out, {"eps": EPS, "images": IMAGES, "counts": counts, "models": rows, "machine": machine()})
+    head = heading("audit_clean_models", f"python benchmarks/audit_clean_models.py --out {out}")
+    write_json(out, head | {"eps": EPS, "images": IMAGES, "counts": counts, "models": rows})
     print(counts)
 
 

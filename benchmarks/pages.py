@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from figures import figure, render, table
-from summaries import attacks_table, audit_table, evaluations_table, kills_table, robustness_table
+from summaries import (
+    attacks_table,
+    audit_table,
+    evaluations_table,
+    kills_table,
+    reverse_attention_table,
+    robustness_table,
+)
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,6 +52,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "attacks_verdicts": attacks_table,
     "audit_clean_models": audit_table,
     "kills": kills_table,
+    "reverse_attention": reverse_attention_table,
 }
 
 

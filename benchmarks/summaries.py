@@ -98,6 +98,20 @@ def audit_table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def reverse_attention_table(content: dict[str, Any]) -> str:
+    """Network by network, what each attack on each head leaves of the deployed decision."""
+    lines = ["| trained by | attacked | attack | accuracy, % [95 % Wilson] |", "|---|---|---|---:|"]
+    for name, network in content["networks"].items():
+        rows = [("-", "clean", network["clean"])]
+        heads = {head: found for head, found in network.items() if head not in ("clean", "cpu_seconds")}
+        worst = heads.pop("worst case per image")
+        rows += [(head, attack, entry) for head, found in heads.items() for attack, entry in found.items()]
+        rows.append(("all of them", "**worst case per image**", worst))
+        for index, (head, attack, entry) in enumerate(rows):
+            lines.append(f"| {f'**{name}**' if index == 0 else ''} | {head} | {attack} | {accuracy(entry)} |")
+    return "\n".join([*lines, "", f"n = {content['n']}, eps {content['eps']}, seed {content['seed']}."])
+
+
 def kills_table(content: dict[str, Any]) -> str:
     """What was killed, how often, and in how many of the cases the rows came out identical."""
     lines = ["| what happened | times | result identical | nothing done twice |", "|---|---:|---:|---:|"]
