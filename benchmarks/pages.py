@@ -9,6 +9,7 @@ from typing import Any
 
 from figures import figure, render, table
 from summaries import (
+    adaptive_rows,
     attacks_table,
     audit_table,
     evaluations_table,
@@ -49,6 +50,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": evaluations_table,
     "real_data": evaluations_table,
     "robustness": robustness_table,
+    "adaptive": adaptive_rows,
     "attacks_verdicts": attacks_table,
     "audit_clean_models": audit_table,
     "kills": kills_table,

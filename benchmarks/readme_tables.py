@@ -14,12 +14,13 @@ from typing import Any
 
 from pages import RESULTS, ROOT, page
 from picture import picture
-from summaries import attacks_table, evaluations_table, robustness_table
+from summaries import adaptive_table, attacks_table, evaluations_table, robustness_table
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo", evaluations_table),
     "real_data": ("real_data", evaluations_table),
     "robustness": ("robustness-cpu", robustness_table),
+    "adaptive": ("adaptive-cpu", adaptive_table),
     "attacks": ("attacks_verdicts-cpu", attacks_table),
 }
 

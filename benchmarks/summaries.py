@@ -130,3 +130,62 @@ def kills_table(content: dict[str, Any]) -> str:
             once = str(int(content[key]["nothing_twice"])) if "nothing_twice" in content[key] else "-"
             lines.append(f"| {what} | 1 | {int(content[key]['identical'])} | {once} |")
     return "\n".join(lines)
+
+
+ATTACKERS = {  # column -> what a defence's attackers of that kind are called
+    "transfer": ("transfer",),
+    "BPDA or its own gradient": ("bpda", "own gradient"),
+    "the same with EOT": ("bpda-eot", "eot"),
+    "gate evasion": ("gate-evasion",),
+}
+
+
+def _share(row: dict[str, Any], key: str = "accuracy", interval: str = "interval_95") -> str:
+    return accuracy({"accuracy": row[key], "interval_95": row[interval]}) if row[key] is not None else "-"
+
+
+def _adaptive_parts(content: dict[str, Any]) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """(model, defence, eps, part), in order."""
+    return [(*name.split(":"), eps, part) for name, by_eps in content["parts"].items() for eps, part in by_eps.items()]
+
+
+def adaptive_table(content: dict[str, Any]) -> str:
+    """A row a model, defence and eps: transfer beside adaptive, and what is left of every draw under everything."""
+    head = ["model", "defence", "eps", "n", "undefended, same attack", "clean", *ATTACKERS, "**worst case**"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|" + "---:|" * (len(head) - 4)]
+    for model, defence, eps, part in _adaptive_parts(content):
+        rows = {row["attacker"]: row for row in part["rows"]}
+        found = [next((rows[name] for name in names if name in rows), None) for names in ATTACKERS.values()]
+        cells = [_share(part["undefended"]["transfer"]), _share(rows["clean"])]
+        cells += ["-" if row is None else _share(row) for row in found]
+        worst = _share(part["rows"][-1], "standing", "standing_interval_95")
+        lines.append(f"| {model} | {defence} | {eps} | {part['n']} | {' | '.join(cells)} | **{worst}** |")
+    return "\n".join([*lines, "", _adaptive_budget(content) + machine_line(content)])
+
+
+def _adaptive_budget(content: dict[str, Any]) -> str:
+    """What the attackers had, in words."""
+    budgets = {model: part["budget"] for model, _, _, part in _adaptive_parts(content)}
+    spent = "; ".join(
+        f"{model}: APGD-CE with {b['steps']} steps, EOT of {b['eot']} draws ({b['dear_eot']} for the dear views), "
+        f"Square with {b['queries']} queries, {b['seeds']} draws of the defence"
+        for model, b in budgets.items()
+    )
+    return f"{spent}. "
+
+
+def adaptive_rows(content: dict[str, Any]) -> str:
+    """Every attacker of every part, with what each left standing of those before it."""
+    lines = [
+        "| model, defence, eps | attacker | attack | EOT draws | ran on | accuracy, % [95 % Wilson] | left standing |",
+        "|---|---|---|---:|---|---:|---:|",
+    ]
+    parts = [(f"{m}, {d}, {eps}, n = {part['n']}", part) for m, d, eps, part in _adaptive_parts(content)]
+    if rand := content["autoattack_rand_through_ttc"]:
+        parts.append((f"demo, ttc, {255 * rand['eps']:.0f}/255, n = {rand['n']}", rand))
+    for title, part in parts:
+        for index, row in enumerate(part["rows"]):
+            cells = [row["attacker"], row["attack"], str(row["eot_draws"]), row["ran_on"], _share(row)]
+            cells.append(_share(row, "standing", "standing_interval_95"))
+            lines.append(f"| {f'**{title}**' if index == 0 else ''} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _adaptive_budget(content)])
