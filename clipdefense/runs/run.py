@@ -117,14 +117,14 @@ class _Loop:
     def _one(self, job: Job, batch: Batch, done: int) -> None:
         subject = self.builder.subject(job.cell)
         self.store.enter(job.cell, subject.facts)
-        if job.unit == 0 and self.config.exhibits and len(batch.x):
-            self._exhibit(job, subject, batch)
         first, self.told = job.cell.number not in self.told, self.told | {job.cell.number}
 
         def say(what: str, status: Status | None = None) -> None:
             self.progress(Progress(done, self.total, what, status))
 
         unit, broken = self._judged(job, subject, batch, say, first)
+        if job.unit == 0 and self.config.exhibits and len(batch.x):
+            self._exhibit(job, subject, batch)  # now the batch size is one that memory suffices for
         if unit.bank:
             with writing(self.store.folder):
                 write_bank(bank_file(self.store.folder, job.cell.number, job.unit), broken)
