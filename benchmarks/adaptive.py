@@ -217,8 +217,8 @@ def share(value: float, n: int) -> dict[str, Any]:
 
 
 def budget_of(model: str, args: argparse.Namespace) -> Budget:
-    steps, queries = (getattr(args, f"{model.replace('-', '_')}_{name}") for name in ("steps", "queries"))
-    return Budget(steps, args.eot, args.dear_eot, queries, args.seeds, args.n)
+    own = {name: getattr(args, f"{model.replace('-', '_')}_{name}") for name in ("steps", "queries", "eot")}
+    return Budget(dear_eot=args.dear_eot, seeds=args.seeds, n=args.n, **own)
 
 
 def place(work: Path, part: str, eps: str) -> Path:
@@ -290,7 +290,8 @@ def assemble(args: argparse.Namespace, aa: dict[str, Any] | None) -> dict[str, A
         "real_data_steps",
         "demo_queries",
         "real_data_queries",
-        "eot",
+        "demo_eot",
+        "real_data_eot",
         "dear_eot",
         "seeds",
         "autoattack_n",
@@ -324,10 +325,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--n", type=int, default=None, help="images a model; all otherwise")
     parser.add_argument("--demo-steps", type=int, default=20, help="of APGD-CE on the demo model")
-    parser.add_argument("--real-data-steps", type=int, default=15, help="of APGD-CE on the real-data model")
+    parser.add_argument("--real-data-steps", type=int, default=10, help="of APGD-CE on the real-data model")
     parser.add_argument("--demo-queries", type=int, default=100, help="of Square on the demo model")
     parser.add_argument("--real-data-queries", type=int, default=50, help="of Square on the real-data model")
-    parser.add_argument("--eot", type=int, default=4, help="draws a step")
+    parser.add_argument("--demo-eot", type=int, default=4, help="draws a step on the demo model")
+    parser.add_argument("--real-data-eot", type=int, default=2, help="draws a step on the real-data model")
     parser.add_argument("--dear-eot", type=int, default=2, help="draws a step of what is unrolled, and a query")
     parser.add_argument("--seeds", type=int, default=5, help="draws that judge a randomised defence")
     parser.add_argument("--autoattack-n", type=int, default=20, help="images for AutoAttack rand through TTC; 0: none")
