@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from clipdefense_ancra.contrast import asymmetric, confusion, negative_contrast
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
-    with np.load(Path(__file__).parent / "parity.npz") as archive:
-        return {key: torch.from_numpy(archive[key]) for key in archive.files if key.startswith("anc_")}
 
 
 def test_the_same_pairs_are_confused(golden: dict[str, Tensor]) -> None:

@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from clipdefense import ZeroShotClassifier
 from clipdefense_pmgaft.pmgaft import PMGAFT, clean_loss, generalisation_loss, robust_loss
 
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
-    with np.load(HERE / "parity.npz") as archive:
-        return {key: torch.from_numpy(archive[key]) for key in archive.files}
-
-
-def visual(name: str) -> dict[str, Tensor]:
-    state = load_file(HERE / f"tiny_clip_{name}.safetensors")
-    return {key.removeprefix("visual."): value for key, value in state.items()}
+Load = Callable[[str], ZeroShotClassifier]
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=str)
-def setting(request: Any, golden: dict[str, Tensor]) -> tuple[PMGAFT, dict[str, Tensor]]:
+def setting(request: Any, recorded_model: Load, golden: dict[str, Tensor]) -> tuple[PMGAFT, dict[str, Tensor]]:
     """The defence in the middle of a fit (teacher: the original tower; trained: the student's), and a batch.
 
     The model starts with CLIP's statistics and a scale of 100; the variant has to change both by itself.
     """
-    clip = open_clip.model.CLIP(
-        embed_dim=32,
-        vision_cfg={"layers": 2, "width": 64, "patch_size": 32, "image_size": 224},
-        text_cfg={"context_length": 77, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1},
-        quick_gelu=True,
-    )
-    clip.visual.load_state_dict(visual("original"))
-    scale = float(golden["logit_scale_log"].double().exp())
-    mean, std = golden["mean"].tolist(), golden["std"].tolist()
-    model = ZeroShotClassifier(clip.visual, golden["text"], logit_scale=scale, mean=mean, std=std)
-    defense = PMGAFT(model.to(request.param).eval(), variant="released")
+    model = recorded_model("original").to(request.param)
+    defense = PMGAFT(model, variant="released")
     with pytest.warns(UserWarning, match="ImageNet's channel statistics"):
         defense.begin()
-    model.tower.load_state_dict(visual("student"))
+    model.tower.load_state_dict(recorded_model("student").tower.state_dict())
     x = golden["x"].to(request.param)
     return defense, {"x": x, "x_adv": x + golden["pmg_delta"].to(request.param), "y": golden["y"]}
 

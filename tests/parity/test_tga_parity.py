@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
-import numpy as np
-import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from clipdefense import ZeroShotClassifier
 from clipdefense_openclip.tower import OpenClipTower
 from clipdefense_tgazsr.tgazsr import TGAZSR
 
-HERE = Path(__file__).parent
+Load = Callable[[str], ZeroShotClassifier]
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
-    with np.load(HERE / "parity.npz") as archive:
-        return {key: torch.from_numpy(archive[key]) for key in archive.files}
+def load(recorded_model: Load) -> Load:
+    """Those classifiers with a tower that has tokens."""
 
+    def with_tokens(name: str) -> ZeroShotClassifier:
+        model = recorded_model(name)
+        model.tower = OpenClipTower(model.tower).eval()
+        return model
 
-def load(name: str, golden: dict[str, Tensor]) -> ZeroShotClassifier:
-    clip = open_clip.model.CLIP(
-        embed_dim=32,
-        vision_cfg={"layers": 2, "width": 64, "patch_size": 32, "image_size": 224},
-        text_cfg={"context_length": 77, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1},
-        quick_gelu=True,
-    )
-    state = load_file(HERE / f"tiny_clip_{name}.safetensors")
-    missing, unexpected = clip.load_state_dict(state, strict=False)
-    assert not unexpected and not [key for key in missing if key.startswith("visual.")]
-    scale = float(golden["logit_scale_log"].double().exp())
-    mean, std = golden["mean"].tolist(), golden["std"].tolist()
-    tower = OpenClipTower(clip.visual)
-    return ZeroShotClassifier(tower, golden["text"], logit_scale=scale, mean=mean, std=std).eval()
+    return with_tokens
 
 
 @pytest.fixture(scope="module")
-def trained(golden: dict[str, Tensor]) -> dict[str, TGAZSR]:
+def trained(load: Load) -> dict[str, TGAZSR]:
     """The method in the middle of a fit: the original tower copied when it began, the student's weights now."""
     defenses = {}
     for variant in TGAZSR.variants:
-        defense = TGAZSR(load("original", golden), variant=variant)
+        defense = TGAZSR(load("original"), variant=variant)
         defense.begin()
-        defense.model.load_state_dict(load("student", golden).state_dict())
+        defense.model.load_state_dict(load("student").state_dict())
         defenses[variant] = defense
     return defenses
 
