@@ -12,7 +12,7 @@ from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from torch import Tensor, nn
 
 from clipdefense.checks import check_batch, check_images
-from clipdefense.errors import UsageError, check_options
+from clipdefense.errors import UsageError, check_options, check_whole
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,18 @@ class Numbers:
         first = -1 - self.seen
         self.seen += len(x)
         return torch.arange(first, first - len(x), -1, device=x.device)
+
+    def keys(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        """(N,) the caller's ids for the images of x, or for None the next numbers.
+
+        Raises:
+            UsageError: ids that are not one integer an image.
+        """
+        if ids is None:
+            return self.next(x)
+        if ids.shape != x.shape[:1] or ids.is_floating_point():
+            raise UsageError(f"ids has shape {tuple(ids.shape)}, {ids.dtype}; one integer an image is expected.")
+        return ids
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,14 @@ class TestTimeDefense(abc.ABC):
         return ()
 
 
+def module_of(model: Any) -> Any:
+    """The module that a caller means: what was given, or, where that is no module (an ART classifier), the one inside.
+
+    What has neither comes back as it is, for the caller's own check to name.
+    """
+    return model if isinstance(model, nn.Module) else getattr(model, "model", model)
+
+
 class DefendedModel(nn.Module):
     """``model(x + perturbation(x))`` with the straight-through (BPDA) gradient, from :meth:`InputDefense.wrap`."""
 
@@ -150,10 +170,8 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):
     """
 
     def __init__(self, *, seed: int = 0, batch_size: int = 128) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size!r}; a whole number of at least 1 is expected.")
-        if not isinstance(seed, int):
-            raise UsageError(f"seed is {seed!r}; a whole number is expected.")
+        check_whole("batch_size", batch_size, 1)
+        check_whole("seed", seed)
         super().__init__(device_type="gpu", is_fitted=True, apply_fit=False, apply_predict=True)
         self.seed = seed
         self.batch_size = batch_size
@@ -198,10 +216,8 @@ class InputDefense(TestTimeDefense, PreprocessorPyTorch):
     def _perturbation(self, x: Tensor, noise: Tensor | None, ids: Tensor | None, seed: int | None) -> Tensor:
         """Any values: attacks of other libraries step outside [0, 1] by rounding, and must not fail inside."""
         check_batch(x)
-        if ids is None and noise is None:
-            ids = self._numbers.next(x)
-        if ids is not None and (ids.shape != x.shape[:1] or ids.is_floating_point()):
-            raise UsageError(f"ids has shape {tuple(ids.shape)}, {ids.dtype}; one integer an image is expected.")
+        if ids is not None or noise is None:  # noise that is passed in takes no number
+            ids = self._numbers.keys(x, ids)
         parts = []
         # an inference tensor cannot enter autograd, and the defence may need gradients of its own
         with torch.inference_mode(False), torch.no_grad():

@@ -26,9 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipdefense.attacks.context import attack_mode, frozen, logits_of
 from clipdefense.attacks.norms import box
-from clipdefense.defenses import AttackView, InputDefense, Traits
+from clipdefense.defenses import AttackView, InputDefense, Traits, module_of
 from clipdefense.errors import UsageError, check_whole, unknown_name
-from clipdefense_ttc.ttc import check_pixels
+from clipdefense_ttc.noise import check_pixels
 from clipdefense_ttc.views import soft_sign, unrolled
 
 VARIANTS = ("default", "released")
@@ -183,7 +183,7 @@ def classifier_of(model: Any) -> Any:
     Raises:
         UsageError: neither.
     """
-    module = model if isinstance(model, nn.Module) else getattr(model, "model", model)
+    module = module_of(model)
     if not isinstance(module, nn.Module):
         raise UsageError(
             f"model is a {type(model).__name__}; a torch module, images -> logits, or a CLIPClassifier is expected."

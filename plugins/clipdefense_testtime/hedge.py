@@ -27,10 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipdefense.attacks.context import attack_mode, frozen, logits_of
 from clipdefense.attacks.norms import box
-from clipdefense.defenses import AttackView, InputDefense, Traits
+from clipdefense.defenses import AttackView, Traits
 from clipdefense.errors import check_whole
 from clipdefense_testtime.anti_adversary import classifier_of
-from clipdefense_ttc.ttc import check_noise, check_pixels, uniform_noise
+from clipdefense_ttc.noise import UniformNoiseDefense, check_pixels
 from clipdefense_ttc.views import soft_sign, unrolled
 
 
@@ -43,8 +43,8 @@ def hedge_loss(logits: Tensor) -> Tensor:
     return -logits.log_softmax(dim=1).mean(dim=1) - math.log(logits.shape[1])
 
 
-class HedgeDefense(InputDefense):
-    """Hedge defence, per image.
+class HedgeDefense(UniformNoiseDefense):
+    """Hedge defence, per image. The noise of :meth:`draw` is x_0 - x, and :meth:`perturbation` returns x_K - x.
 
     Attributes:
         traits: randomised (the start) and optimising in its forward pass.
@@ -74,30 +74,11 @@ class HedgeDefense(InputDefense):
         Raises:
             UsageError: a value outside its range, or something that is no classifier.
         """
-        super().__init__(seed=seed, batch_size=batch_size)
-        check_pixels(eps=eps, step_size=step_size)
+        super().__init__(eps=eps, seed=seed, batch_size=batch_size)
+        check_pixels(step_size=step_size)
         check_whole("steps", steps, 0)
         self.model = classifier_of(model)
-        self.eps, self.step_size, self.steps = eps, step_size, steps
-
-    def draw(self, x: Tensor, ids: Tensor, seed: int) -> Tensor:
-        """x_0 - x ~ U(-eps, eps)."""
-        return uniform_noise(x, ids, seed, self.eps)
-
-    def perturbation(
-        self, x: Tensor, *, noise: Tensor | None = None, ids: Tensor | None = None, seed: int | None = None
-    ) -> Tensor:
-        """x_K - x, as :meth:`clipdefense.InputDefense.perturbation` says.
-
-        Args:
-            noise: x_0 - x instead of a fresh draw, within eps; it may lead out of the box, as the method's own may.
-
-        Raises:
-            UsageError: besides, noise that is not finite or leaves the ball of radius eps.
-        """
-        if noise is not None:
-            noise = check_noise(x, noise, self.eps)
-        return super().perturbation(x, noise=noise, ids=ids, seed=seed)
+        self.step_size, self.steps = step_size, steps
 
     def perturb(self, x: Tensor, noise: Tensor | None) -> Tensor:
         """x_K - x for one chunk: K forwards and K backwards."""

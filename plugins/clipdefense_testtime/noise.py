@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from clipdefense.attacks.norms import box
-from clipdefense.defenses import AttackView, InputDefense, Traits
-from clipdefense_ttc.ttc import check_noise, check_pixels, uniform_noise
+from clipdefense.defenses import AttackView, Traits
+from clipdefense_ttc.noise import UniformNoiseDefense
 
 
-class RandomNoise(InputDefense):
+class RandomNoise(UniformNoiseDefense):
     """Uniform noise, a fresh draw for each image and pass.
 
     Attributes:
@@ -37,28 +37,7 @@ class RandomNoise(InputDefense):
         Raises:
             UsageError: a value outside its range.
         """
-        super().__init__(seed=seed, batch_size=batch_size)
-        check_pixels(eps=eps)
-        self.eps = eps
-
-    def draw(self, x: Tensor, ids: Tensor, seed: int) -> Tensor:
-        """d ~ U(-eps, eps), before the box."""
-        return uniform_noise(x, ids, seed, self.eps)
-
-    def perturbation(
-        self, x: Tensor, *, noise: Tensor | None = None, ids: Tensor | None = None, seed: int | None = None
-    ) -> Tensor:
-        """The noise added, as :meth:`clipdefense.InputDefense.perturbation` says.
-
-        Args:
-            noise: d instead of a fresh draw, within eps; what leads out of the box is clipped.
-
-        Raises:
-            UsageError: besides, noise that is not finite or leaves the ball of radius eps.
-        """
-        if noise is not None:
-            noise = check_noise(x, noise, self.eps)
-        return super().perturbation(x, noise=noise, ids=ids, seed=seed)
+        super().__init__(eps=eps, seed=seed, batch_size=batch_size)
 
     def perturb(self, x: Tensor, noise: Tensor | None) -> Tensor:
         assert noise is not None

@@ -111,8 +111,7 @@ class TTE(TestTimeDefense):
         check_whole("crops", crops, 1)
         if variant not in VARIANTS:
             raise unknown_name("variant", variant, VARIANTS)
-        if not isinstance(seed, int):
-            raise UsageError(f"seed is {seed!r}; a whole number is expected.")
+        check_whole("seed", seed)
         self.crops, self.variant, self.seed = crops, variant, seed
         self._numbers = Numbers()
 
@@ -163,10 +162,7 @@ class TTE(TestTimeDefense):
         if offsets is not None:
             offsets = _checked(x, offsets)
         else:
-            ids = self._numbers.next(x) if ids is None else ids
-            if ids.shape != x.shape[:1] or ids.is_floating_point():
-                raise UsageError(f"ids has shape {tuple(ids.shape)}, {ids.dtype}; one integer an image is expected.")
-            offsets = self.draw(x, ids.to(x.device), self.seed if seed is None else seed)
+            offsets = self.draw(x, self._numbers.keys(x, ids).to(x.device), self.seed if seed is None else seed)
         return torch.stack([logits_of(model, view) for view in ensemble(x, offsets)]).mean(dim=0)
 
     def reset(self) -> None:

@@ -18,7 +18,6 @@ TTC has been published under attacks that did not know it. Its adaptive views ar
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,11 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipdefense.attacks.context import attack_mode, frozen
 from clipdefense.attacks.norms import box, per_image
-from clipdefense.checks import check_images
-from clipdefense.defenses import AttackView, InputDefense, Traits
-from clipdefense.errors import UsageError, check_whole, unknown_name
-from clipdefense.randomness import uniform
+from clipdefense.defenses import AttackView, Traits, module_of
+from clipdefense.errors import UsageError, check_whole, is_number, unknown_name
 from clipdefense_ttc import views
+from clipdefense_ttc.noise import UniformNoiseDefense, check_noise, check_pixels
 
 
 def drift_ratio(f_noisy: Tensor, f_clean: Tensor) -> Tensor:
@@ -52,8 +50,10 @@ def iterate_weights(steps: int, beta: float) -> Tensor:
     return torch.softmax(beta * torch.arange(steps + 1, dtype=torch.float64), dim=0)
 
 
-class TTC(InputDefense):
+class TTC(UniformNoiseDefense):
     """Test-time counterattack, per image; hyper-parameters default to the published ones for ViT-B/32.
+
+    The noise of :meth:`draw` is d_0 before the box, and what :meth:`perturbation` returns is D.
 
     Attributes:
         traits: randomised (the noise d_0) and optimising in its forward pass.
@@ -92,37 +92,17 @@ class TTC(InputDefense):
         Raises:
             UsageError: a value outside its range, or a model without ``embed``.
         """
-        super().__init__(seed=seed, batch_size=batch_size)
-        check_pixels(eps=eps, step_size=step_size)
+        super().__init__(eps=eps, seed=seed, batch_size=batch_size)
+        check_pixels(step_size=step_size)
         check_whole("steps", steps, 0)
-        if not (_is_number(beta) and _is_number(threshold)):
+        if not (is_number(beta) and is_number(threshold)):
             raise UsageError(f"beta is {beta!r} and threshold {threshold!r}; finite numbers are expected.")
         if benign not in ("noise", "zero"):
             raise unknown_name("benign", str(benign), ("noise", "zero"))
         self.model = _encoder(model, "model")
         self.reference = None if reference is None else _encoder(reference, "reference")
-        self.eps, self.step_size, self.steps = eps, step_size, steps
+        self.step_size, self.steps = step_size, steps
         self.beta, self.threshold, self.benign = beta, threshold, benign
-
-    def draw(self, x: Tensor, ids: Tensor, seed: int) -> Tensor:
-        """d_0 ~ U(-eps, eps), before the box."""
-        return uniform_noise(x, ids, seed, self.eps)
-
-    def perturbation(
-        self, x: Tensor, *, noise: Tensor | None = None, ids: Tensor | None = None, seed: int | None = None
-    ) -> Tensor:
-        """D, as :meth:`clipdefense.InputDefense.perturbation` says.
-
-        Args:
-            noise: d_0 instead of a fresh one, within eps. What leads out of the box is clipped, as it is for the
-                method's own draws.
-
-        Raises:
-            UsageError: besides, noise that is not finite or leaves the ball of radius eps: no draw of the method's.
-        """
-        if noise is not None:
-            noise = check_noise(x, noise, self.eps)
-        return super().perturbation(x, noise=noise, ids=ids, seed=seed)
 
     def perturb(self, x: Tensor, noise: Tensor | None) -> Tensor:
         """D for one chunk: the weighted counterattack where falsely stable, else d_0 (or 0)."""
@@ -242,57 +222,9 @@ class TTC(InputDefense):
         return views.adaptive(self, model)
 
 
-def check_pixels(**sizes: Any) -> None:
-    """Require each to be a number in [0, 1] pixel units.
-
-    Raises:
-        UsageError: one is not; a number above 1 is shown as so many 255ths.
-    """
-    for name, value in sizes.items():
-        if not _is_number(value) or not 0 <= value <= 1:
-            hint = f"; did you mean {value:g}/255?" if _is_number(value) and value > 1 else ""
-            raise UsageError(f"{name} is {value!r}; a number in [0, 1] pixel units is expected{hint}")
-
-
-def check_noise(x: Tensor, noise: Tensor, eps: float) -> Tensor:
-    """The noise that a caller passed in, in x's dtype, without rounding beyond the ball; the box is not looked at.
-
-    Args:
-        x: (N, C, H, W) images in [0, 1].
-        noise: of x's shape, Linf at most eps (up to 1e-6, or the rounding of its dtype).
-        eps: in [0, 1] pixels.
-
-    Raises:
-        UsageError: another type or shape, values that are not finite, or outside the ball.
-    """
-    check_images(x)
-    if not isinstance(noise, Tensor) or not noise.is_floating_point():
-        got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
-        raise UsageError(f"noise is of {got}; a floating-point tensor of x's shape {tuple(x.shape)} is expected.")
-    if noise.shape != x.shape:
-        raise UsageError(f"noise has shape {tuple(noise.shape)}; x's shape {tuple(x.shape)} is expected.")
-    largest = float(noise.detach().abs().max())
-    if not largest <= eps + max(1e-6, eps * torch.finfo(noise.dtype).eps):
-        raise UsageError(
-            f"noise reaches {largest:.4g}, but eps is {eps:.4g}, and the method draws nothing outside of it; "
-            "clip it with noise.clamp(-eps, eps), or raise eps."
-        )
-    return noise.to(x).clamp(-eps, eps)
-
-
-def uniform_noise(x: Tensor, ids: Tensor, seed: int, eps: float) -> Tensor:
-    """U(-eps, eps) in each pixel, (N, C, H, W), a function of (seed, id) alone, before any box."""
-    u = uniform(tuple(x.shape[1:]), ids, seed=seed, dtype=torch.promote_types(x.dtype, torch.float32))
-    return u.mul_(2 * eps).sub_(eps).to(x.dtype)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _encoder(model: Any, argument: str) -> Any:
     """The module whose ``embed`` gives un-normalised embeddings."""
-    module = model if isinstance(model, nn.Module) else getattr(model, "model", model)
+    module = module_of(model)
     if not isinstance(module, nn.Module) or not callable(getattr(module, "embed", None)):
         raise UsageError(
             f"{argument} is a {type(model).__name__}, which has no embed(images) -> embeddings; a ZeroShotClassifier "
