@@ -16,10 +16,10 @@ from art.config import ART_NUMPY_DTYPE
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
-from clipdefense.attacks.context import frozen
+from clipdefense.attacks.context import frozen, gradients_kept, modes_kept, set_modes
 from clipdefense.checks import check_images, check_labels
 from clipdefense.classifier import ZeroShotClassifier
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_known, unknown_name
 
 
 class CLIPClassifier(PyTorchClassifier):
@@ -178,7 +178,7 @@ class CLIPClassifier(PyTorchClassifier):
         """
         images = self._images(x)
         labels = self._labels(images, y)
-        with _modes(self._model) if isinstance(x, Tensor) else self._untouched():
+        with modes_kept(self._model) if isinstance(x, Tensor) else self._untouched():
             return super().compute_loss(images, labels, reduction=reduction, **kwargs)
 
     def get_activations(
@@ -236,9 +236,7 @@ class CLIPClassifier(PyTorchClassifier):
 
     def set_params(self, **kwargs: Any) -> None:
         """Change arguments of the constructor; a new ZeroShotClassifier brings its own shape and number of classes."""
-        for name in kwargs:
-            if name not in self.estimator_params:
-                raise unknown_name("parameter", name, self.estimator_params)
+        check_known("parameter", kwargs, self.estimator_params)
         params = self.get_params() | {"device_type": None}
         if isinstance(kwargs.get("model"), ZeroShotClassifier):
             params |= {"input_shape": None, "nb_classes": None}
@@ -267,15 +265,9 @@ class CLIPClassifier(PyTorchClassifier):
     @contextmanager
     def _untouched(self, training_mode: bool = False) -> Iterator[None]:
         """Parameters get no gradients; modes, ``requires_grad`` and ``.grad`` are afterwards what they were."""
-        gradients = [(weight, weight.grad) for weight in self._model.parameters()]
-        with frozen(self._model):
-            for part in self._model.modules():
-                part.training = training_mode
-            try:
-                yield
-            finally:
-                for weight, gradient in gradients:
-                    weight.grad = gradient
+        with gradients_kept(self._model), frozen(self._model):
+            set_modes(self._model, training_mode)
+            yield
 
     @contextmanager
     def _fitting(self) -> Iterator[None]:
@@ -287,7 +279,7 @@ class CLIPClassifier(PyTorchClassifier):
             weights = list(part.parameters())
             if weights and not any(weight.requires_grad for weight in weights):
                 fixed += part.modules()
-        with _modes(self._model):
+        with modes_kept(self._model):
             self._model.fixed = tuple(fixed)
             try:
                 yield
@@ -355,17 +347,6 @@ class _Outputs(nn.Module):
     @property
     def get_layers(self) -> list[str]:
         return [name for name, _ in self._model.named_children()]
-
-
-@contextmanager
-def _modes(module: nn.Module) -> Iterator[None]:
-    """Train and eval modes are afterwards what they were, submodule by submodule."""
-    before = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training
 
 
 def _in_attack() -> bool:

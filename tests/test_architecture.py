@@ -21,7 +21,7 @@ PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 # A unit imports units of a lower rank only, or itself. Public names load lazily, so nothing is above `clipdefense`.
 RANKS = [
-    {"__init__", "errors", "hookspecs", "randomness"},
+    {"__init__", "errors", "generators", "hookspecs", "randomness"},
     {"checks", "files", "native", "plugins", "resize", "threat"},
     {"classifier", "data"},
     {"attacks", "weights"},

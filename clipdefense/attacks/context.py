@@ -50,21 +50,47 @@ def tf32(enabled: bool) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode and no parameter requiring gradients, each restored to what it was."""
+def modes_kept(*modules: nn.Module) -> Iterator[None]:
+    """Train and eval modes are afterwards what they were, submodule by submodule."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
-    flags = [(weight, weight.requires_grad) for module in modules for weight in module.parameters()]
     try:
-        for part, _ in modes:
-            part.training = False  # not .eval(): it may be overridden to do more than this
-        for weight, _ in flags:
-            weight.requires_grad_(False)
         yield
     finally:
         for part, training in modes:
             part.training = training
-        for weight, flag in flags:
-            weight.requires_grad_(flag)
+
+
+def set_modes(module: nn.Module, training: bool) -> None:
+    """Train or eval mode for every submodule; not ``train()``, which may be overridden to do more or less than this."""
+    for part in module.modules():
+        part.training = training
+
+
+@contextmanager
+def gradients_kept(module: nn.Module) -> Iterator[None]:
+    """The ``.grad`` of each parameter is afterwards what it was."""
+    gradients = [(weight, weight.grad) for weight in module.parameters()]
+    try:
+        yield
+    finally:
+        for weight, gradient in gradients:
+            weight.grad = gradient
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode and no parameter requiring gradients, each restored to what it was."""
+    flags = [(weight, weight.requires_grad) for module in modules for weight in module.parameters()]
+    with modes_kept(*modules):
+        try:
+            for module in modules:
+                set_modes(module, False)
+            for weight, _ in flags:
+                weight.requires_grad_(False)
+            yield
+        finally:
+            for weight, flag in flags:
+                weight.requires_grad_(flag)
 
 
 @contextmanager

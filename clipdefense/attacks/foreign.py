@@ -3,71 +3,37 @@
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clipdefense.attacks import engine
-from clipdefense.attacks.context import attack_mode, predict
+from clipdefense.attacks.context import attack_mode, gradients_kept, predict
 from clipdefense.attacks.doubts import Doubts
 from clipdefense.attacks.norms import per_image
 from clipdefense.checks import check_labels
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_options
+from clipdefense.generators import global_seed
 from clipdefense.plugins import get_attack
 from clipdefense.threat import Norm, ThreatModel
 
 
 @contextmanager
-def global_seed(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's global generators, seeded inside and as they were outside."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002 - the generator other libraries draw from
-    try:
-        with torch.random.fork_rng(devices=devices):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed_all(seed)
-            yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-
-
-@contextmanager
 def lent(model: nn.Module, seed: int) -> Iterator[None]:
     """The model as attacks need it and the global generators seeded; modes, gradients and generators then restored."""
-    gradients = [(weight, weight.grad) for weight in model.parameters()]
-    try:
-        for weight, _ in gradients:
+    with gradients_kept(model):
+        for weight in model.parameters():
             weight.grad = None  # taken away, since an attack may zero them in place
         with attack_mode(model), global_seed(seed):
             yield
-    finally:
-        for weight, gradient in gradients:
-            weight.grad = gradient
 
 
 def constructor_options(attack: type, *positional: str) -> set[str]:
     """Names of the options that a class's constructor takes, without what it attacks."""
     return set(inspect.signature(attack).parameters) - {"args", "kwargs", *positional}
-
-
-def check_options(name: str, options: Mapping[str, Any], known: set[str]) -> None:
-    """Require that an attack has every option.
-
-    Raises:
-        UsageError: it has not; the nearest names are shown.
-    """
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of attack {name!r}", option, known)
 
 
 def check_norm(name: str, threat: ThreatModel, fixed: Norm | None, instead: Mapping[Norm, str]) -> None:
@@ -93,11 +59,9 @@ def native_attack(name: str, options: Mapping[str, Any]) -> tuple[Callable[..., 
         UsageError: an unknown attack, or an option it does not have.
     """
     attack = get_attack(name)
+    check_options(attack, options, f"option of attack {name!r}", given=4)
     parameters = inspect.signature(attack).parameters.values()
-    known = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        check_options(name, options, known)
-    return attack, known
+    return attack, {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 def prepare(model: nn.Module, x: Tensor, y: Tensor, seed: int, ids: Tensor | None) -> tuple[Tensor, int]:

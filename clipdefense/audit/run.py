@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +22,7 @@ from clipdefense.defenses import TestTimeDefense
 from clipdefense.errors import UsageError
 from clipdefense.evaluation.fingerprint import constructed, fingerprint
 from clipdefense.evaluation.roles import check_roles
+from clipdefense.generators import global_seed
 from clipdefense.threat import ThreatModel
 
 FEWEST_IMAGES, MOST_IMAGES = 8, 64
@@ -114,7 +113,8 @@ def examination(
     if len(x) < FEWEST_IMAGES:
         raise UsageError(f"x has {len(x)} images; an audit compares counts, so at least {FEWEST_IMAGES} are expected.")
     x, y = x[:MOST_IMAGES].detach(), y[:MOST_IMAGES].to(x.device, torch.int64)
-    with _generators(seed, x.device):
+    with global_seed(seed), warnings.catch_warnings():
+        warnings.simplefilter("ignore", AttackWarning)  # a finding says the same, and more
         with as_given(model) as asked, torch.no_grad():
             classes = logits_of(asked, x[:2]).shape[1]
         if int(y.max()) >= classes:
@@ -154,20 +154,3 @@ def _result(exam: Exam, findings: tuple[Finding, ...], facts: dict[str, Any]) ->
     name = type(exam.subject.judge if subject.defense is None else subject.defense).__name__
     assert [finding.number for finding in findings] == list(CHECKS)
     return Audit(name, exam.threat, findings, clean, transfer, adaptive, withheld, facts)
-
-
-@contextmanager
-def _generators(seed: int, device: torch.device) -> Iterator[None]:
-    """The global generators seeded, so that what draws from them repeats, and restored afterwards."""
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002 - modules draw from it
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-            warnings.simplefilter("ignore", AttackWarning)  # a finding says the same, and more
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002

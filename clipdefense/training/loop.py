@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from clipdefense.attacks.context import attack_mode, predict
 from clipdefense.attacks.pgd import pgd
 from clipdefense.errors import UsageError
+from clipdefense.generators import generators_kept
 from clipdefense.training import data, guard
 from clipdefense.training.checkpoint import save_model
 from clipdefense.training.config import TrainingConfig
 from clipdefense.training.memory import recomputing
 from clipdefense.training.parameters import all_used, training_only
 from clipdefense.training.progress import TrainingProgress
-from clipdefense.training.runtime import derive_seed, deterministic, generators_kept, on_device, seed_torch
+from clipdefense.training.runtime import derive_seed, deterministic, on_device, seed_torch
 from clipdefense.training.schedule import learning_rate, total_steps
 from clipdefense.training.state import (
     BASE,
@@ -111,7 +112,7 @@ class Loop:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())  # whatever the caller's grad mode
-            stack.enter_context(generators_kept(self.device))
+            stack.enter_context(generators_kept([self.device] if self.device.type == "cuda" else []))
             stack.enter_context(deterministic(self.config.deterministic))
             stack.enter_context(on_device(self.model, self.device))
             stack.enter_context(training_only(self.model, self.weights))

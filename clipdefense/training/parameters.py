@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from clipdefense.attacks.context import gradients_kept, modes_kept, set_modes
 from clipdefense.errors import UsageError
 from clipdefense.training.config import check_selection
 
@@ -94,14 +95,9 @@ def all_used(model: ZeroShotClassifier, weights: Sequence[nn.Parameter]) -> bool
     """
     side = model.image_size
     blank = torch.zeros(1, model.mean.numel(), side, side, device=model.device)
-    modes = [(part, part.training) for part in model.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False  # batch statistics of one image are none
+    with modes_kept(model):
+        set_modes(model, False)  # batch statistics of one image are none
         gradients = torch.autograd.grad(model.embed(blank).sum(), list(weights), allow_unused=True)
-    finally:
-        for part, training in modes:
-            part.training = training
     return all(gradient is not None for gradient in gradients)
 
 
@@ -123,18 +119,15 @@ def train_mode(module: nn.Module) -> None:
 @contextmanager
 def training_only(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Only ``weights`` require gradients, from none; every flag, mode and ``.grad`` is afterwards what it was."""
-    flags = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
-    modes = [(part, part.training) for part in model.modules()]
+    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
     chosen = {id(weight) for weight in weights}
-    try:
-        for weight, _, _ in flags:
-            weight.requires_grad_(id(weight) in chosen)
-            weight.grad = None
-        train_mode(model)
-        yield
-    finally:
-        for weight, flag, gradient in flags:
-            weight.requires_grad_(flag)
-            weight.grad = gradient
-        for part, training in modes:
-            part.training = training
+    with modes_kept(model), gradients_kept(model):
+        try:
+            for weight, _ in flags:
+                weight.requires_grad_(id(weight) in chosen)
+                weight.grad = None
+            train_mode(model)
+            yield
+        finally:
+            for weight, flag in flags:
+                weight.requires_grad_(flag)

@@ -1,15 +1,13 @@
-"""The surroundings of a run: seeds, global generators, device, determinism; all left as they were found."""
+"""The surroundings of a run: seeds, device, determinism; all left as they were found."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -31,18 +29,6 @@ def seed_torch(seed: int) -> None:
 
 
 @contextmanager
-def generators_kept(device: torch.device) -> Iterator[None]:
-    """Restore Python's, NumPy's and torch's global generators (the CPU's and the device's) afterwards."""
-    python, array = random.getstate(), np.random.get_state()  # noqa: NPY002  (a global to restore, not to draw from)
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)  # noqa: NPY002
-
-
-@contextmanager
 def on_device(model: ZeroShotClassifier, device: torch.device) -> Iterator[None]:
     """The model on that device, and afterwards where it was."""
     before = model.device
@@ -60,6 +46,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
         return
     algorithms, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
     try:
@@ -67,7 +54,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = False
         yield
     finally:
-        torch.use_deterministic_algorithms(algorithms)
+        torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
         torch.backends.cudnn.benchmark = benchmark
         if workspace is None:
             del os.environ["CUBLAS_WORKSPACE_CONFIG"]
