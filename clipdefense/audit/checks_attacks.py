@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from clipdefense.attacks.context import attack_mode
 from clipdefense.attacks.norms import BALLS, project
-from clipdefense.audit.exam import FEW, LONGER, Attempt, Comparison, Exam
+from clipdefense.audit.exam import FEW, LONGER, Comparison, Exam, broken_by
 from clipdefense.audit.report import Finding, found, skipped
 from clipdefense.audit.statistics import ahead, least, mcnemar
 from clipdefense.audit.subject import call, finite
@@ -138,14 +135,9 @@ def adaptive_views(exam: Exam) -> Finding:
     exact = subject.exact is not None and subject.exact.parts[0] is subject.judge and not subject.traits.randomized
     if subject.views and exact:
         through = [made for made in exam.white if made.target is not None and made.target.label != subject.own.label]
-        more, fewer = ahead(_broken(through), _broken(exam.by_own_gradients))
+        more, fewer = ahead(broken_by(through), broken_by(exam.by_own_gradients))
         best = max(through, key=lambda made: int(made.judged.broken.sum()))
         measured["views_ahead"] = mcnemar(more, fewer)
         text += f"; they break {more} images that the judge's own gradients do not, the other way round {fewer}"
         text += f" (the strongest: {best.label})"
     return found(15, measured, text + ".")
-
-
-def _broken(made: Sequence[Attempt]) -> Tensor:
-    """(N,) broken by any of them."""
-    return torch.stack([attempt.judged.broken for attempt in made]).any(dim=0)

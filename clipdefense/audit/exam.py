@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -44,6 +45,16 @@ class Attempt(NamedTuple):
     x_adv: Tensor
     judged: Judged
     target: Target | None = None
+
+
+def broken_by(attempts: Sequence[Attempt]) -> Tensor:
+    """(N,) broken by any of them."""
+    return torch.stack([made.judged.broken for made in attempts]).any(dim=0)
+
+
+def margins_of(attempts: Sequence[Attempt]) -> Tensor:
+    """(attempts, N) margins that they reached."""
+    return torch.stack([made.judged.margin for made in attempts])
 
 
 class Comparison(NamedTuple):
@@ -161,28 +172,22 @@ class Exam:
     @cached_property
     def by_own_gradients(self) -> tuple[Attempt, ...]:
         """Attacks that follow the judge's own gradients, where the white-box attack has views."""
-        target = self.subject.own
-        target.blind = target.gradient(self.x[:2], self.y[:2], cross_entropy) is None
-        made = [self.attack(target, objective, steps=OWN.steps) for objective in OWN.objectives]
-        return tuple(
-            self.attempt(f"{objective} on {target.label}", x_adv, target)
-            for objective, x_adv in zip(OWN.objectives, made)
-        )
+        return self._attempts(self.subject.own, f"on {self.subject.own.label}")
 
     @cached_property
     def white_margin(self) -> Tensor:
         """(N,) the furthest that the white-box attack got."""
-        return torch.stack([made.judged.margin for made in self.white]).amax(dim=0)
+        return margins_of(self.white).amax(dim=0)
 
     @cached_property
     def white_broken(self) -> Tensor:
         """(N,) broken by some white-box attack."""
-        return torch.stack([made.judged.broken for made in self.white]).any(dim=0)
+        return broken_by(self.white)
 
     @cached_property
     def endpoints(self) -> Tensor:
         """(N, C, H, W): where the white-box attack got furthest."""
-        best = torch.stack([made.judged.margin for made in self.white]).argmax(dim=0)
+        best = margins_of(self.white).argmax(dim=0)
         return torch.stack([made.x_adv for made in self.white])[best, torch.arange(self.n, device=self.x.device)]
 
     @cached_property
@@ -200,16 +205,19 @@ class Exam:
         """Attacks on the undefended model; none without one."""
         if self.subject.undefended is None:
             return ()
-        target = target_of("the undefended model", self.subject.undefended)
-        target.blind = target.gradient(self.x[:2], self.y[:2], cross_entropy) is None
+        return self._attempts(target_of("the undefended model", self.subject.undefended), "transferred")
+
+    def _attempts(self, target: Target, how: str) -> tuple[Attempt, ...]:
+        """Every objective on a target that has exact gradients."""
+        target.look(self.x, self.y, cross_entropy)
         made = [self.attack(target, objective, steps=OWN.steps) for objective in OWN.objectives]
         return tuple(
-            self.attempt(f"{objective} transferred", x_adv, target) for objective, x_adv in zip(OWN.objectives, made)
+            self.attempt(f"{objective} {how}", x_adv, target) for objective, x_adv in zip(OWN.objectives, made)
         )
 
     @cached_property
     def black(self) -> Attempt:
-        """Square on the judge: all images, or the first of them where the judge is dear (not remembered then)."""
+        """Square on the judge: all images, or the first of them where the judge is dear; the others stay clean."""
         target, rows = self.subject.own, slice(None) if not self.subject.views else self.few
         budget = replace(self.threat, restarts=1)
         x, y, queries = self.x[rows], self.y[rows], self.effort.queries
@@ -230,11 +238,9 @@ class Exam:
         neither breaks; where it had views, which stand for the judge, it means broken.
         """
         if self.subject.views:
-            theirs = torch.stack([made.judged.broken for made in others]).any(dim=0)
-            more, fewer = ahead(theirs[rows], self.white_broken[rows])
+            more, fewer = ahead(broken_by(others)[rows], self.white_broken[rows])
         else:
-            margins = torch.stack([made.judged.margin for made in others]).amax(dim=0)
-            gap = (margins - self.white_margin) / self.spread
+            gap = (margins_of(others).amax(dim=0) - self.white_margin) / self.spread
             more, fewer = ahead((gap > TIE)[rows], (gap < -TIE)[rows])
         return Comparison(more, fewer, mcnemar(more, fewer))
 

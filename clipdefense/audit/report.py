@@ -142,7 +142,13 @@ class Audit:
         return "" if self.adaptive is not None else TRANSFER_ONLY
 
     def finding(self, number: int) -> Finding:
-        """The finding of the check of that number, 1 to 20."""
+        """The finding of the check of that number.
+
+        Raises:
+            UsageError: no check has it; they go from 1 to 20.
+        """
+        if number not in CHECKS:
+            raise UsageError(f"number is {number!r}; a check's, in 1 to {len(CHECKS)}, is expected.")
         return next(finding for finding in self.findings if finding.number == number)
 
     def robust(self, kind: str) -> Accuracy | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipdefense.attacks.context import attack_mode, full_fp32, predict
-from clipdefense.attacks.forward import takes_keys
+from clipdefense.attacks.forward import keyed
 from clipdefense.attacks.objectives import margin
 from clipdefense.defenses import AttackView, InputDefense, TestTimeDefense, Traits
 
@@ -79,6 +79,10 @@ class Target(nn.Module):
                 return None
         return gradient
 
+    def look(self, x: Tensor, y: Tensor, loss: Loss) -> None:
+        """See on two images whether backward fails outright: see :attr:`blind`."""
+        self.blind = self.gradient(x[:2], y[:2], loss) is None
+
 
 class _Count(TorchDispatchMode):
     """Counts tensor operations."""
@@ -106,7 +110,7 @@ def finite(logits: Tensor) -> Tensor:
 
 def call(module: nn.Module, x: Tensor, ids: Tensor, seed: int) -> Any:
     """``module(x)``, its draws keyed where it takes keys."""
-    return module(x, ids=ids, seed=seed) if takes_keys(module) else module(x)
+    return module(x, **keyed(module, ids, seed))
 
 
 class Judged(NamedTuple):
@@ -165,7 +169,7 @@ class Subject:
 
     def logits(self, x: Tensor, seed: int = 0) -> Tensor:
         """(N, C) finite verdict logits of the judge: eval mode, fp32."""
-        keys = {"ids": torch.arange(len(x), device=x.device), "seed": seed} if takes_keys(self.judge) else {}
+        keys = keyed(self.judge, torch.arange(len(x), device=x.device), seed)
         return finite(predict(self.judge, x, batch_size=len(x), **keys))
 
     def judged(self, x: Tensor, y: Tensor) -> Judged:
@@ -213,7 +217,7 @@ def subject_of(model: nn.Module, defense: TestTimeDefense | None, x: Tensor, y: 
     if defense is None or not views:
         targets.append(target_of("its own gradients", judge))
     for target in targets:
-        target.blind = target.gradient(x[:2], y[:2], margin) is None
+        target.look(x, y, margin)
     traits = declared if isinstance(declared, Traits) else Traits()
     return Subject(judge, undefended, part, defense, traits, pristine, tuple(targets), len(views))
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipdefense.attacks.forward import takes_keys
+from clipdefense.attacks.forward import keyed
 from clipdefense.threat import ThreatModel
 
 THREAT = ThreatModel("linf", eps=1 / 255, steps=2)
@@ -77,9 +77,7 @@ CheckFunction = Callable[[Case], str]
 
 def ask(module: nn.Module, x: Tensor, ids: Tensor | None = None, seed: int = 0) -> Tensor:
     """``module(x)``, with ids (0 .. N-1 for None) and seed where its forward takes them."""
-    if not takes_keys(module):
-        return module(x)
-    return module(x, ids=torch.arange(len(x)) if ids is None else ids, seed=seed)
+    return module(x, **keyed(module, torch.arange(len(x)) if ids is None else ids, seed))
 
 
 def run(name: str, check: CheckFunction, case: Case) -> Check:
@@ -92,6 +90,25 @@ def run(name: str, check: CheckFunction, case: Case) -> Check:
         return Check(name, "failed", str(reason))
     except Exception as error:  # a defence may raise anything; the report names it, the other checks go on
         return Check(name, "failed", f"it raises {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def attack_of_torchattacks() -> Callable[[nn.Module, Tensor, Tensor], None]:
+    """``(module, x, y)``: two steps of torchattacks' PGD at 8/255, which must move the images, and within the ball.
+
+    Raises:
+        Skipped: torchattacks is not installed.
+    """
+    try:
+        from torchattacks import PGD
+    except ImportError:
+        raise Skipped("torchattacks is not installed: pip install 'clipdefense[torchattacks]'") from None
+
+    def attack(module: nn.Module, x: Tensor, y: Tensor) -> None:
+        moved = float((PGD(module, eps=8 / 255, alpha=2 / 255, steps=2)(x, y) - x).abs().max())
+        if not 0 < moved <= 8 / 255 + 1e-6:
+            raise Failed(f"PGD of torchattacks moves the images by {moved:.4g}; above 0 and at most 8/255 is expected.")
+
+    return attack
 
 
 def distance(one: Tensor, other: Tensor) -> float:

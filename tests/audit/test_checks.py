@@ -212,3 +212,11 @@ def test_bad_requests_are_refused(
     model, threat = changes.get("model", tiny_model), changes.get("threat", THREAT)
     with pytest.raises(cd.UsageError, match=message):
         cd.audit(model, images[:n], labels[:n] + changes.get("shift", 0), threat, defense=changes.get("defense"))
+
+
+def test_findings_are_named_by_the_number_of_their_check() -> None:
+    clean, none = Accuracy(1.0, 8, "no attack"), skipped(7, "There is nothing to compare with.")
+    audit = Audit("a model", cd.ThreatModel("linf", 8 / 255), (none,), clean, None, None, "", {})
+    assert audit.finding(7) is none
+    with pytest.raises(cd.UsageError, match="number is 21; a check's, in 1 to 20, is expected"):
+        audit.finding(21)
