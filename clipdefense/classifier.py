@@ -23,6 +23,8 @@ from clipdefense.resize import bicubic
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 ClassEncoder = Callable[[Sequence[str]], Tensor]
 """Class names -> their (C, D) embeddings: a text tower with prompts, or a table of stored embeddings."""

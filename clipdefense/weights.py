@@ -118,6 +118,11 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries whose names begin with the prefix, such as ``"head."``, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def stored_classes(
     head: Mapping[str, Tensor], sidecar: Mapping[str, Any], what: str
 ) -> tuple[list[str], Tensor] | None:
@@ -149,7 +154,7 @@ def restored_transform(transform: nn.Module | None, head: Mapping[str, Tensor], 
         UsageError: the head has a transform and the caller gave none, or one that they do not fit.
     """
     prefix = "transform."
-    state = {name.removeprefix(prefix): value for name, value in head.items() if name.startswith(prefix)}
+    state = below(prefix, head)
     if state and transform is None:
         raise UsageError(
             f"{what} has a class head with a transform ({', '.join(state)}); pass transform=, a module of that kind, "

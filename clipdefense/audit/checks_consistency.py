@@ -15,7 +15,7 @@ from clipdefense.audit.exam import Exam
 from clipdefense.audit.report import Finding, found, skipped
 from clipdefense.audit.statistics import ahead, guessing, least
 from clipdefense.audit.subject import Target, as_given, call, copied, finite, operations, target_of
-from clipdefense.classifier import CLIP_MEAN, CLIP_STD
+from clipdefense.classifier import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from clipdefense.evaluation.statistics import wilson
 
 REPEATS = 6
@@ -23,7 +23,6 @@ EOT_DRAWS = 16
 ALONE = 8  # images asked about one by one
 NEAR = 1 / 8  # of eps: how far a near copy is
 MORE_WORK = 8  # tensor operations that a mere wrapper does not need
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def _answer(module: nn.Module, x: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -244,7 +243,7 @@ def _ranges(channels: int) -> dict[str, Callable[[Tensor], Tensor]]:
         "pixels divided by 255": lambda x: x / 255,
     }
     if channels == 3:
-        for name, (mean, std) in (("CLIP's", (CLIP_MEAN, CLIP_STD)), ("ImageNet's", IMAGENET)):
+        for name, (mean, std) in (("CLIP's", (CLIP_MEAN, CLIP_STD)), ("ImageNet's", (IMAGENET_MEAN, IMAGENET_STD))):
             ranges[f"{name} normalisation"] = lambda x, mean=mean, std=std: (  # type: ignore[misc]
                 (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
             )

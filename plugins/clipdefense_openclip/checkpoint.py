@@ -17,7 +17,7 @@ from open_clip.pretrained import download_pretrained
 from torch import Tensor, nn
 
 from clipdefense.errors import UsageError, unknown_name
-from clipdefense.weights import load_strictly, read_checkpoint, read_sidecar
+from clipdefense.weights import below, load_strictly, read_checkpoint, read_sidecar
 from clipdefense_openclip.activation import (
     Evidence,
     check_activation,
@@ -97,7 +97,7 @@ class Parts(NamedTuple):
 
     @property
     def visual(self) -> dict[str, Tensor]:
-        return {name.removeprefix(_VISUAL): v for name, v in self.clip.items() if name.startswith(_VISUAL)}
+        return below(_VISUAL, self.clip)
 
     @property
     def text(self) -> dict[str, Tensor]:
@@ -221,10 +221,8 @@ def take_apart(state: Mapping[str, Tensor], model: nn.Module) -> Parts:
     Known are: open_clip's and OpenAI's state dicts; the image tower alone, with or without ``visual.`` (FARE, TeCoA);
     and this library's own (``tower.*``, ``head.*``).
     """
-    if any(name.startswith("tower.") for name in state):
-        tower = {name.removeprefix("tower."): v for name, v in state.items() if name.startswith("tower.")}
-        head = {name.removeprefix("head."): v for name, v in state.items() if name.startswith("head.")}
-        return Parts({_VISUAL + name.removeprefix(_VISUAL): v for name, v in tower.items()}, head)
+    if tower := below("tower.", state):
+        return Parts({_VISUAL + name.removeprefix(_VISUAL): v for name, v in tower.items()}, below("head.", state))
     clip = dict(convert_state_dict(model, dict(state)))
     for name in _NOT_WEIGHTS:
         if name not in model.state_dict():

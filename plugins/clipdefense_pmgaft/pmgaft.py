@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipdefense.attacks.objectives import cross_entropy
+from clipdefense.classifier import IMAGENET_MEAN, IMAGENET_STD
 from clipdefense.errors import UsageError, check_number
 from clipdefense.threat import ThreatModel
 from clipdefense.trainers import TrainerDefense
@@ -47,9 +48,6 @@ from clipdefense.training.config import TrainingConfig
 if TYPE_CHECKING:
     from clipdefense.classifier import ZeroShotClassifier
     from clipdefense.estimator import CLIPClassifier
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 RELEASED_BATCH = 256  # over which the released code sums its divergences
 

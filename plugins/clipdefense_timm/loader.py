@@ -14,6 +14,7 @@ from clipdefense.checks import check_class_names
 from clipdefense.classifier import CLIP_MEAN, CLIP_STD, ClassEncoder, EmbeddingTable, ZeroShotClassifier
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.weights import (
+    below,
     load_strictly,
     parse_device,
     parse_dtype,
@@ -123,16 +124,12 @@ def _read(weights: str) -> _Saved:
     """A saved model (``tower.*``, ``head.*``), a tower (``trunk.*``, ``projection.*``) or a bare trunk."""
     what, sidecar, state = f"checkpoint {weights}", read_sidecar(weights), read_state_dict(weights)
     head: dict[str, Tensor] = {}
-    if tower := _below("tower.", state):
-        state, head = tower, _below("head.", state)
-    trunk = _below("trunk.", state)
+    if tower := below("tower.", state):
+        state, head = tower, below("head.", state)
+    trunk = below("trunk.", state)
     rest = {name: value for name, value in state.items() if trunk and not name.startswith("trunk.")}
     stored = stored_classes(head, sidecar, what)
     return _Saved(what, sidecar, trunk or state, rest, head, None if stored is None else EmbeddingTable(*stored))
-
-
-def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _tower(name: str, options: Mapping[str, Any] | None, saved: _Saved, projection: str | None) -> TimmTower:
@@ -189,7 +186,7 @@ def _transform(given: nn.Module | None, centre: bool, encoder: ClassEncoder, sav
                 "centre is True, but embeddings is a function; a stored table has the mean that is needed."
             )
         return MeanCentring(encoder.embeddings)
-    centring = _below("transform.", saved.head)
+    centring = below("transform.", saved.head)
     if given is None and centring.keys() == {"centre"}:
         given = MeanCentring(centring["centre"][None])
     return restored_transform(given, saved.head, saved.what)
