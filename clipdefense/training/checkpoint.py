@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,9 +20,20 @@ if TYPE_CHECKING:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, atomically; the tensors may lie on any device and be views."""
+    """A safetensors file, atomically; the tensors may lie on any device and be views.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(owned, temporary, dict(metadata)))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(owned, temporary, dict(metadata))
+        except SafetensorError as error:  # what its own writer makes of a full disk
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write)
 
 
 def save_model(model: ZeroShotClassifier, path: str | Path, **metadata: Any) -> Path:

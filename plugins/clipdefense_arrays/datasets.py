@@ -14,8 +14,10 @@ from PIL import Image
 
 from clipdefense.data import EncodedImages, FileImages, ImageDataset, find_file, from_arrays, read_arrays
 from clipdefense.errors import UsageError
+from clipdefense.files import write_atomically
+from clipdefense_arrays.shards import PICTURES
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+EXTENSIONS = frozenset(f".{ending}" for ending in PICTURES)
 PACKED = ("blob", "offsets", "labels", "classes")
 
 
@@ -152,7 +154,7 @@ def pack_images(
     """Write the file that ``npz:`` reads.
 
     Args:
-        path: the ``.npz`` to write.
+        path: the ``.npz`` to write, whole or not at all; missing folders are made.
         images: image files, their bytes, or images (stored as PNG, which loses nothing).
         labels: an integer an image, in [0, len(classes)).
         classes: names.
@@ -172,8 +174,12 @@ def pack_images(
     if paths is not None:
         arrays["paths"] = np.array(list(paths), dtype=str)
     ImageDataset(EncodedImages(blob, offsets), arrays["labels"], list(classes), name=str(path))
-    with Path(path).open("wb") as file:  # given a name, numpy appends .npz to it
-        np.savez(file, **arrays)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a name, numpy appends .npz to it
+            np.savez(file, **arrays)
+
+    write_atomically(Path(path), write)
 
 
 def _encoded(image: bytes | Path | Image.Image) -> bytes:

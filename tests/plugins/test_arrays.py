@@ -63,6 +63,17 @@ def test_a_pack_comes_back_as_it_went_in(pack: Path, monkeypatch: pytest.MonkeyP
     assert load_dataset("npz:pack.npz", n=3, seed=1).ids.tolist() == dataset.sample(3, 1).ids.tolist()
 
 
+def test_a_new_pack_takes_the_place_of_the_old_one_in_one_step(pack: Path) -> None:
+    before = pack.read_bytes()
+    with pack.open("rb") as reader:
+        pack_images(pack, [picture(6), picture(7)], [0, 1], ["cat", "dog"])
+        assert reader.read() == before  # whoever reads the old one reads all of it
+    assert len(load_dataset(f"npz:{pack}")) == 2
+    deeper = pack.parent / "made" / "on the way" / "pack.npz"
+    pack_images(deeper, [picture(0), picture(1)], [0, 1], ["cat", "dog"])
+    assert [entry.name for entry in deeper.parent.iterdir()] == ["pack.npz"]
+
+
 def test_a_pack_needs_neither_paths_nor_meta(pack: Path) -> None:
     dataset = load_dataset(rewritten(pack, paths=None, meta=None))
     assert dataset.where(0) == "" and dataset.meta == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.errors import UsageError
 from clipdefense.files import write_atomically
-from clipdefense.training.checkpoint import load_weights, save_model
+from clipdefense.training.checkpoint import load_weights, save_model, write_tensors
 from clipdefense.training.state import STATE_FILE
 from clipdefense.weights import read_sidecar, sha256_of_weights
 from clipdefense_tecoa.tecoa import TeCoA
@@ -37,6 +38,19 @@ def data(n: int = 16) -> tuple[Tensor, Tensor]:
 def same(a: nn.Module, b: nn.Module) -> bool:
     other = b.state_dict()
     return all(torch.equal(value, other[name]) for name, value in a.state_dict().items())
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    write_tensors(path, {"w": torch.ones(10)}, {})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_tensors(path, {"w": torch.ones(1000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_model_file_comes_back_bit_for_bit(make_model: Make, tmp_path: Path, images: Tensor) -> None:
