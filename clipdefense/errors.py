@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 
@@ -40,6 +40,13 @@ def unknown_name(argument: str, got: str, known: Iterable[str], advice: str = ""
     return UsageError(f"{argument} {got!r} is unknown; {hint}{' ' + advice if advice else ''}")
 
 
+def check_known(argument: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Require each name to be one of those that are known; arguments as :func:`unknown_name`."""
+    for name in names:
+        if name not in known:
+            raise unknown_name(argument, name, known)
+
+
 def check_options(function: Callable[..., Any], options: Iterable[str], argument: str, given: int = 0) -> None:
     """Require each option to be a keyword that the function has; one with ``**keywords`` looks after its own.
 
@@ -52,24 +59,27 @@ def check_options(function: Callable[..., Any], options: Iterable[str], argument
     parameters = list(inspect.signature(function).parameters.values())[given:]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
-    known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    for option in options:
-        if option not in known:
-            raise unknown_name(argument, option, known)
+    check_known(argument, options, [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)])
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Require a whole number of at least ``least``; a bool is none."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{name} is {value!r}; a whole number of at least {least} is expected.")
+def check_whole(name: str, value: Any, least: int | None = None) -> None:
+    """Require a whole number, of at least ``least`` where that is given; a bool is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise UsageError(f"{name} is {value!r}; a whole number{bound} is expected.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_number(
     name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False
 ) -> None:
     """Require a finite number in [low, high], without an end that is open."""
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not numeric or value < low or value > high or (open_low and value == low) or (open_high and value == high):
+    outside = not is_number(value) or value < low or value > high
+    if outside or (open_low and value == low) or (open_high and value == high):
         least = f"{'above' if open_low else 'of at least'} {low:g}"
         most = "" if math.isinf(high) else f" and {'below' if open_high else 'at most'} {high:g}"
         raise UsageError(f"{name} is {value!r}; a number {least}{most} is expected.")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from clipdefense.errors import UsageError, check_whole, unknown_name
+from clipdefense.errors import UsageError, check_whole, is_number, unknown_name
 
 Norm = Literal["linf", "l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2")
@@ -55,7 +54,7 @@ class ThreatModel:
 
 
 def _check_radius(name: str, value: float, norm: str, *, minimum_open: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         raise UsageError(f"{name} is {value!r}; a finite number in [0, 1] pixel units is expected, such as 8/255.")
     if value < 0 or (minimum_open and value == 0):
         raise UsageError(f"{name} is {value}; it must be {'above' if minimum_open else 'at least'} 0.")

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from clipdefense.errors import UsageError
+from clipdefense.errors import UsageError, check_whole
 from clipdefense.threat import ThreatModel
 
 
@@ -46,8 +46,7 @@ class Adaptive:
         if not self.eot_draws or not whole or any(more <= less for less, more in pairwise(counts)):
             raise UsageError(f"eot_draws is {self.eot_draws!r}; rising whole numbers from 1 on, such as (1, 4, 16).")
         for name in ("black_box_draws", "verdict_seeds"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; a whole number of at least 1 is expected.")
+            check_whole(name, getattr(self, name), 1)
 
 
 class EmbeddingTarget(nn.Module):

@@ -17,11 +17,11 @@ from clipdefense.attacks import engine
 from clipdefense.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
 from clipdefense.attacks.context import check_finite, predict
 from clipdefense.attacks.fab import fab_t
-from clipdefense.attacks.forward import takes_keys
+from clipdefense.attacks.forward import keyed
 from clipdefense.attacks.options import Options, attack, labelled
 from clipdefense.attacks.square import square
 from clipdefense.checks import check_labels
-from clipdefense.errors import UsageError, check_options, unknown_name
+from clipdefense.errors import UsageError, check_known, check_options, check_whole, unknown_name
 from clipdefense.threat import ThreatModel
 
 Stage = tuple[str, Callable[..., Tensor], dict[str, Any]]
@@ -74,11 +74,10 @@ def autoattack(
     """
     if version not in VERSIONS:
         raise unknown_name("version", version, VERSIONS)
-    if not isinstance(verdict_draws, int) or verdict_draws < 1:
-        raise UsageError(f"verdict_draws is {verdict_draws!r}; a whole number of at least 1 is expected.")
+    check_whole("verdict_draws", verdict_draws, 1)
     task = engine.Task.of(model, x, y, threat, options)
     plan = list(_plan(version, stages or {}, {key: value for key, value in options.items() if key in _PASSED}))
-    judge = _Judge(task, 1 if version == "standard" else verdict_draws)
+    judge = _Judge(1 if version == "standard" else verdict_draws)
     if version == "standard":
         _refuse_randomized(task)
     right = ~judge.wrong(task, first=True)
@@ -103,9 +102,7 @@ _PASSED = {field.name for field in fields(Options)} - {"seed", "generator", "ids
 
 def _plan(version: str, stages: Mapping[str, Mapping[str, Any]], options: dict[str, Any]) -> Iterator[Stage]:
     """The version's attacks with the caller's options."""
-    for name in stages:
-        if name not in (known := [stage for stage, _, _ in VERSIONS[version]]):
-            raise unknown_name(f"stage of autoattack's version {version!r}", name, known)
+    check_known(f"stage of autoattack's version {version!r}", stages, [stage for stage, _, _ in VERSIONS[version]])
     for name, function, _ in VERSIONS[version]:
         if not isinstance(own := stages.get(name, {}), Mapping):
             raise UsageError(f"stages[{name!r}] is {own!r}; a mapping of options is expected, such as {{'steps': 50}}.")
@@ -119,14 +116,14 @@ def _plan(version: str, stages: Mapping[str, Mapping[str, Any]], options: dict[s
 class _Judge:
     """Verdicts of a deterministic model, or of a randomised one by the majority of several draws."""
 
-    def __init__(self, task: engine.Task, draws: int) -> None:
-        self.draws, self.keyed = draws, takes_keys(task.model)
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
 
     def wrong(self, task: engine.Task, first: bool = False) -> Tensor:
         """(N,) misclassified on most of the draws."""
         count = torch.zeros(len(task.y), device=task.y.device)
         for draw in range(self.draws):
-            keys = {"ids": task.ids, "seed": task.seed + draw} if self.keyed else {}
+            keys = keyed(task.model, task.ids, task.seed + draw)
             logits = predict(task.model, task.x, batch_size=task.options.batch_size, **keys)
             check_finite(logits, task.ids)
             if first and draw == 0:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import check_whole, unknown_name
 
 Objective = Callable[..., Tensor]
 
@@ -108,7 +108,6 @@ def likely_targets(logits: Tensor, y: Tensor, count: int) -> Tensor:
     Raises:
         UsageError: a count below 1.
     """
-    if count < 1:
-        raise UsageError(f"targets is {count}; at least 1 is expected.")
+    check_whole("targets", count, 1)
     others = logits.scatter(1, y[:, None], float("-inf"))
     return torch.topk(others, min(count, logits.shape[1] - 1), dim=1).indices

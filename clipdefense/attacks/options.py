@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clipdefense.attacks.context import check_target
 from clipdefense.attacks.doubts import Doubts
-from clipdefense.errors import UsageError, check_options, check_whole, unknown_name
+from clipdefense.errors import UsageError, check_known, check_options, check_whole, unknown_name
 from clipdefense.threat import ThreatModel
 
 GradientDtype = Literal["fp32", "tf32", "bf16"]
@@ -83,8 +83,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("batch_size", "eot"):
             check_whole(name, getattr(self, name), 1)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise UsageError(f"seed is {self.seed!r}; a whole number is expected.")
+        check_whole("seed", self.seed)
         for name in ("early_stop", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} is {getattr(self, name)!r}; True or False is expected.")
@@ -101,10 +100,7 @@ class Options:
         Raises:
             UsageError: an option that no attack has, or a value outside its range.
         """
-        known = [option.name for option in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise unknown_name("option", name, known)
+        check_known("option", options, [option.name for option in fields(cls)])
         return cls(**options)
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from clipdefense.errors import UsageError, check_number, check_whole, unknown_name
+from clipdefense.errors import UsageError, check_known, check_number, check_whole, unknown_name
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "milestones", "constant")
@@ -145,10 +145,7 @@ class TrainingConfig:
         Raises:
             UsageError: a field the config does not have (the nearest are named), or a value outside its range.
         """
-        known = [field.name for field in fields(self)]
-        for name in changes:
-            if name not in known:
-                raise unknown_name("training option", name, known)
+        check_known("training option", changes, [field.name for field in fields(self)])
         if "warmup_steps" in changes:
             changes.setdefault("warmup_cap", 1.0)
         return replace(self, **changes)

@@ -16,7 +16,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from clipdefense.attacks import foreign
-from clipdefense.errors import MissingPackageError, UsageError, unknown_name
+from clipdefense.errors import MissingPackageError, UsageError, check_known, unknown_name
 from clipdefense.threat import Norm, ThreatModel
 
 _PATCH = "it trains one patch for all images and returns (patch, mask)"
@@ -149,7 +149,7 @@ def run(
 def _settings(name: str, attack: type, threat: ThreatModel, batch_size: int, options: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments: the threat model under ART's names, where the class has them, then the options."""
     known = foreign.constructor_options(attack, "estimator", "classifier")
-    foreign.check_options(name, options, known)
+    check_known(f"option of attack {name!r}", options, known)
     if options.get("targeted") and name != "art:AutoAttack":
         raise UsageError(
             f"{name!r} got targeted=True, but y are the true labels; only art:AutoAttack picks targets itself."

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clipdefense.attacks import foreign
 from clipdefense.checks import check_labels
 from clipdefense.defenses import TestTimeDefense, Traits
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_known
 from clipdefense.threat import ThreatModel
 
 
@@ -119,8 +119,7 @@ class NativeAttack(EvasionAttack):
         Returns:
             (N, C, H, W) float32 array, in [0, 1] and in the threat model's ball.
         """
-        for name in kwargs:
-            raise unknown_name("argument of generate", name, ("x", "y"))
+        check_known("argument of generate", kwargs, ("x", "y"))
         x = np.asarray(x)
         pixels = torch.tensor(x.astype(ART_NUMPY_DTYPE) if x.dtype.kind == "f" else x, device=self.estimator.device)
         if y is None:

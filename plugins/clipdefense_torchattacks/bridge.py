@@ -13,7 +13,7 @@ import torchattacks
 from torch import Tensor, nn
 
 from clipdefense.attacks import foreign
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_known, unknown_name
 from clipdefense.threat import Norm, ThreatModel
 
 _L2 = ("PGDL2", "PGDRSL2")
@@ -125,7 +125,7 @@ def _settings(
     """Constructor arguments, and the steps of AutoAttack's parts (None for other classes)."""
     known = foreign.constructor_options(attack, "model")
     ensemble = attack is torchattacks.AutoAttack
-    foreign.check_options(name, options, known | {"steps"} if ensemble else known)
+    check_known(f"option of attack {name!r}", options, known | {"steps"} if ensemble else known)
     if "norm" not in known and known & {"eps", "max_epsilon"}:
         foreign.check_norm(name, threat, "l2" if attack.__name__ in _L2 else "linf", _INSTEAD)
     settings: dict[str, Any] = {"eps": threat.eps, "max_epsilon": threat.eps, "norm": _NORMS[threat.norm]}
