@@ -41,7 +41,7 @@ SMALLER = {
     "open_clip:ViT-B-32-quickgelu@openai": "open_clip:tiny.json@tiny.safetensors",
     "open_clip:ViT-B-32-quickgelu@hardened/": "open_clip:tiny.json@hardened/",
     "--base openai": "--base tiny.safetensors",
-    "--data torchvision:cifar10": "--data folder:photos",
+    "--data torchvision:cifar10": "--data folder:photos/val",
     "--size 224": "--size 16",
     "--n 500": "--n 8",
     "--n 16": "--n 8",
@@ -87,13 +87,13 @@ def workshop(digits_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CLIPDEFENSE_CACHE", str(digits_cache))
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     save_file(open_clip.model.CLIP(**TINY).state_dict(), tmp_path / "tiny.safetensors")
-    for label in ("cat", "dog", "fish"):
-        folder = tmp_path / "photos" / label
+    for folder in (
+        tmp_path / "photos" / split / label for split in ("train", "val") for label in ("cat", "dog", "fish")
+    ):
         folder.mkdir(parents=True)
         for number in range(4):
             pixels = torch.randint(0, 256, (20, 24, 3), dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-    (tmp_path / "photos" / "val").symlink_to(tmp_path / "photos")
     before = set(sys.modules)
     yield tmp_path
     for module in set(sys.modules) - before:
