@@ -17,6 +17,7 @@ from clipdefense.errors import UsageError
 from clipdefense.files import write_atomically
 from clipdefense_arrays.shards import PICTURES
 
+SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 EXTENSIONS = frozenset(f".{ending}" for ending in PICTURES)
 PACKED = ("blob", "offsets", "labels", "classes")
 
@@ -74,7 +75,7 @@ def load_folder(
         n, seed, size: as in :func:`load_packed`.
 
     Raises:
-        UsageError: no such folder or split, or a class without images.
+        UsageError: no such folder or split, a class without images, or sub-folders that are splits and not classes.
     """
     root = find_file(path, "image folder")
     name = root.name
@@ -86,6 +87,12 @@ def load_folder(
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         raise UsageError(f"image folder {root} has no sub-folders; one a class is expected, named after it.")
+    if all(folder.name.lower() in SPLITS for folder in folders):
+        listed = ", ".join(folder.name for folder in folders)
+        raise UsageError(
+            f"image folder {root} holds the splits {listed}, where a sub-folder a class is expected; "
+            f"pass split={folders[0].name!r} (--split {folders[0].name})."
+        )
     files: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):

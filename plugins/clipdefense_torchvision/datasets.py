@@ -88,7 +88,7 @@ def _find(row: Row, name: str, root: Path, split: str) -> Path:
     if usual.exists() or others:
         return usual if usual.exists() else others[0]
     also = "".join(f", nor {root / other / split}" for other in row.also)
-    fetch = ", or fetch it with download=True" if row.fetches else ""
+    fetch = f", or fetch it once with load_dataset('torchvision:{name}', download=True)" if row.fetches else ""
     raise UsageError(
         f"{name} is not there: {usual} does not exist{also}. Unpack it from {row.page} into {root}, "
         f"name the folder that holds {row.folder} with root= or {ROOT_VARIABLE}{fetch}."

@@ -179,6 +179,16 @@ def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
         load_dataset(f"folder:{root}")
 
 
+def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            picture(0).save(tmp_path / split / name / "one.png")
+    with pytest.raises(UsageError, match=r"holds the splits train, val.*--split train"):
+        load_dataset(f"folder:{tmp_path}")
+    assert load_dataset(f"folder:{tmp_path}", split="val").classes == ("cat", "dog")
+
+
 def test_arrays_come_from_one_file_or_two(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), dtype=np.uint8)
     labels = np.array([0, 1, 2, 1, 0], dtype=np.uint8)
