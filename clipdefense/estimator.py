@@ -83,9 +83,7 @@ class CLIPClassifier(PyTorchClassifier):
         clip = np.asarray(clip_values, dtype=float)
         if clip.shape != (2,) or not 0 <= clip[0] < clip[1] <= 1:
             raise UsageError(f"clip_values is {clip_values!r}; (min, max) within the pixel range (0, 1) is expected.")
-        weights = {weight for group in getattr(optimizer, "param_groups", ()) for weight in group["params"]}
-        if optimizer is not None and weights.isdisjoint(model.parameters()):
-            raise UsageError("optimizer holds no parameter of model; make one over model.parameters().")
+        _check_optimizer(optimizer, model)
         if device_type is not None and (device_type == "cpu") != (_device(model).type == "cpu"):
             model.to("cuda" if device_type != "cpu" and torch.cuda.is_available() else "cpu")
         super().__init__(
@@ -360,6 +358,12 @@ def _in_attack() -> bool:
 def _device(model: nn.Module) -> torch.device:
     tensor = next(model.parameters(), next(model.buffers(), None))
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    weights = {weight for group in getattr(optimizer, "param_groups", ()) for weight in group["params"]}
+    if optimizer is not None and weights.isdisjoint(model.parameters()):
+        raise UsageError("optimizer holds no parameter of model; make one over model.parameters().")
 
 
 def _describe(model: Any, input_shape: Any, nb_classes: Any) -> tuple[tuple[int, ...], int]:
