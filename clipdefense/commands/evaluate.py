@@ -38,11 +38,11 @@ Views = Annotated[
     list[str] | None, typer.Option("--view", help="An adaptive view of the defence, repeatable; all otherwise.")
 ]
 Eot = Annotated[int | None, typer.Option("--eot", min=1, help="Gradient draws a step on adaptive views.")]
-Radii = Annotated[list[str] | None, typer.Option("--eps", help="Radius in [0, 1] pixels, e.g. 1/255. Repeatable.")]
-RadiiNorm = Annotated[str | None, typer.Option("--norm", help="linf or l2, of each --eps.")]
+Radii = Annotated[list[str] | None, typer.Option("--eps", help="Radius in [0, 1] pixels; 1/255 otherwise. Repeatable.")]
+RadiiNorm = Annotated[str | None, typer.Option("--norm", help="linf or l2, of each --eps; linf otherwise.")]
 Attacks = Annotated[
     list[str] | None,
-    typer.Option("--attack", "-a", help="A name, and options: pgd,steps=100,objective=margin. Repeatable."),
+    typer.Option("--attack", "-a", help="E.g. pgd,steps=100,objective=margin; pgd,steps=10 and apgd-ce otherwise."),
 ]
 Cumulative = Annotated[
     bool | None,
