@@ -151,13 +151,24 @@ def _adaptive_parts(content: dict[str, Any]) -> list[tuple[str, str, str, dict[s
 
 def adaptive_table(content: dict[str, Any]) -> str:
     """A row a model, defence and eps: transfer beside adaptive, and what is left of every draw under everything."""
-    head = ["model", "defence", "eps", "n", "undefended, same attack", "clean", *ATTACKERS, "**worst case**"]
+    head = [
+        "model",
+        "defence",
+        "eps",
+        "n",
+        "undefended, same attack",
+        "clean",
+        *ATTACKERS,
+        "clean, every draw",
+        "**worst case**",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|" + "---:|" * (len(head) - 4)]
     for model, defence, eps, part in _adaptive_parts(content):
         rows = {row["attacker"]: row for row in part["rows"]}
         found = [next((rows[name] for name in names if name in rows), None) for names in ATTACKERS.values()]
         cells = [_share(part["undefended"]["transfer"]), _share(rows["clean"])]
         cells += ["-" if row is None else _share(row) for row in found]
+        cells.append(_share(rows["clean"], "standing", "standing_interval_95"))
         worst = _share(part["rows"][-1], "standing", "standing_interval_95")
         lines.append(f"| {model} | {defence} | {eps} | {part['n']} | {' | '.join(cells)} | **{worst}** |")
     return "\n".join([*lines, "", _adaptive_budget(content) + machine_line(content)])
