@@ -40,13 +40,19 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
     """``["steps=2", "eps=4/255"]`` as keyword arguments."""
     from clipdefense.evaluation.runner import literal
 
-    options: dict[str, Any] = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--option {pair!r} is not of the form key=value.")
-        options[key.strip().replace("-", "_")] = literal(value.strip())
-    return options
+    return {key: literal(value) for key, value in map(split_option, pairs or [])}
+
+
+def split_option(pair: str) -> tuple[str, str]:
+    """``"step-size=4/255"`` -> ``("step_size", "4/255")``.
+
+    Raises:
+        UsageError: no equals sign, or nothing before it.
+    """
+    key, equals, value = pair.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--option {pair!r} is not of the form key=value.")
+    return key.strip().replace("-", "_"), value.strip()
 
 
 def _device(name: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints read safely: safetensors, or what ``torch.load(weights_only=True)`` takes; never arbitrary pickles."""
+"""Tensors written whole, and checkpoints read safely: never arbitrary pickles."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipdefense.errors import UsageError, unknown_name
+from clipdefense.files import write_atomically
 
 # Where training scripts put the weights inside a checkpoint; the first that is there is taken.
 CONTAINERS = ("vision_encoder_state_dict", "state_dict", "model_state_dict", "model")
@@ -280,3 +282,20 @@ def sha256_of_weights(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, atomically; the tensors may lie on any device and be views.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(owned, temporary, dict(metadata))
+        except SafetensorError as error:  # what its own writer makes of a full disk
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipdefense.cli import Device, Options, Quiet, Size, Split, check_places
+from clipdefense.cli import Device, Options, Quiet, Size, Split, check_places, split_option
 from clipdefense.errors import UsageError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _datasets(
 def _defenses(
     defense: list[str] | None, option: list[str] | None, view: list[str] | None, eot: int | None
 ) -> list[Any] | None:
-    options = dict(_pair(text) for text in option or ())
+    options = dict(map(split_option, option or ()))
     if options and defense is None:
         raise UsageError("--option is for a defence; name one with --defense, or put an attack's behind --attack.")
     more = _given(options=options or None, views=view or None, eot=eot)
@@ -199,13 +199,6 @@ def _defenses(
     if defense is None and more:  # a model may have adaptive views of its own
         defense = ["none"]
     return None if defense is None else [{"spec": spec, **more} for spec in defense]
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UsageError(f"--option {text!r} is not of the form key=value.")
-    return key.strip().replace("-", "_"), value.strip()
 
 
 def _threats(eps: list[str] | None, norm: str | None) -> list[Any] | None:

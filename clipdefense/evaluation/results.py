@@ -204,3 +204,10 @@ class Evaluation:
             return {"accuracy": None, "interval_95": None, "correct": None}
         verdicts = ["".join("01"[int(bit)] for bit in seed) for seed in row.correct]
         return {"accuracy": row.accuracy, "interval_95": list(row.interval), "correct": verdicts}
+
+
+def still_standing(correct: NDArray[np.bool_], before: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(draws, n) verdicts of what also stood before; an image wrong on most draws has fallen on all."""
+    left = correct & before
+    kept: NDArray[np.bool_] = left & (left.mean(axis=0) > 0.5)
+    return kept

@@ -26,7 +26,7 @@ from clipdefense.defenses import TestTimeDefense, ViewModule
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.evaluation.cost import SINGLE, estimate, watched
 from clipdefense.evaluation.fingerprint import constructed, fingerprint
-from clipdefense.evaluation.results import Evaluation, Row
+from clipdefense.evaluation.results import Evaluation, Row, still_standing
 from clipdefense.evaluation.roles import check_counts, check_roles
 from clipdefense.evaluation.targets import TRANSFER, Plan, Target, has_views, is_randomized, select, views_of
 from clipdefense.plugins import get_attack
@@ -197,12 +197,6 @@ def evaluate(
     return job.run(plan, cumulative, name or type(model if defense is None else defense).__name__, progress)
 
 
-def _left(correct: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(draws, n) verdicts with those of an image that is wrong on most draws struck out."""
-    kept: NDArray[np.bool_] = correct & (correct.mean(axis=0) > 0.5)
-    return kept
-
-
 class _Job:
     """What stays the same over the attacks of one evaluation."""
 
@@ -314,7 +308,7 @@ class _Job:
             row = self.attack(spec, target, standing, stage)
             if cumulative:
                 after = f"{'+ ' if standing is not clean else ''}{row.attack}"
-                row = standing = replace(row, attack=after, correct=_left(row.correct & standing.correct))
+                row = standing = replace(row, attack=after, correct=still_standing(row.correct, standing.correct))
             rows.append(row)
         return rows
 

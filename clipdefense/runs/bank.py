@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clipdefense.errors import UsageError
-from clipdefense.files import write_atomically
+from clipdefense.weights import write_tensors
 
 FOLDER = "adversarial"
 
@@ -31,15 +31,8 @@ def write_bank(path: Path, broken: Mapping[int, Broken]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     for number, (ids, delta) in broken.items():
-        tensors[f"{number}.ids"], tensors[f"{number}.delta"] = ids.contiguous(), delta.contiguous()
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary)
-        except SafetensorError as error:  # what its own writer makes of a full disk
-            raise OSError(str(error)) from error
-
-    write_atomically(path, write)
+        tensors[f"{number}.ids"], tensors[f"{number}.delta"] = ids, delta
+    write_tensors(path, tensors, {})
 
 
 def read_bank(path: Path) -> dict[int, Broken]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipdefense.attacks.context import predict
@@ -26,9 +25,9 @@ from clipdefense.evaluation.charts import Trace
 from clipdefense.evaluation.report import Strip
 from clipdefense.evaluation.runner import AttackSpec
 from clipdefense.evaluation.targets import TRANSFER, UNDEFENDED, select, views_of
-from clipdefense.files import write_atomically
 from clipdefense.runs.build import Subject
 from clipdefense.runs.units import Cell
+from clipdefense.weights import write_tensors
 
 FOLDER = "exhibits"
 LOOKED_AT, TRACED, PICTURED = 32, 8, 3
@@ -282,14 +281,7 @@ def write(path: Path, exhibit: Exhibit) -> None:
             {"title": strip.title, "captions": [text for text, _ in strip.pictures]} for strip in exhibit.strips
         ],
     }
-
-    def fill(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata={"exhibit": json.dumps(head)})
-        except SafetensorError as error:  # what its own writer makes of a full disk
-            raise OSError(str(error)) from error
-
-    write_atomically(path, fill)
+    write_tensors(path, tensors, {"exhibit": json.dumps(head)})
 
 
 def read(path: Path) -> Exhibit | None:

@@ -15,14 +15,14 @@ from clipdefense.attacks.context import predict
 from clipdefense.attacks.objectives import margin
 from clipdefense.attacks.options import Status
 from clipdefense.evaluation.fingerprint import hashed_once
-from clipdefense.evaluation.results import Row
+from clipdefense.evaluation.results import Row, still_standing
 from clipdefense.evaluation.runner import evaluate
 from clipdefense.evaluation.targets import TRANSFER
 from clipdefense.runs.bank import Broken
 from clipdefense.runs.build import Subject
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.decode import Batch
-from clipdefense.runs.results import AFTER, still_standing
+from clipdefense.runs.results import AFTER
 from clipdefense.runs.store import Finished, Named, Verdict
 from clipdefense.runs.units import Cell
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from clipdefense.errors import UsageError
 from clipdefense.evaluation.report import WITHHELD, attacker, kept, notes_of, rows_of, said
-from clipdefense.evaluation.results import Evaluation, Kind, Row
+from clipdefense.evaluation.results import Evaluation, Kind, Row, still_standing
 from clipdefense.files import write_json, write_text
 from clipdefense.runs.build import Facts
 from clipdefense.runs.config import NO_DEFENSE, RunConfig
@@ -32,13 +32,6 @@ AFTER = "+ "
 
 NEAR = 1e-3
 """A verdict whose fp32 margin is smaller may differ on another device, thread count or batch size."""
-
-
-def still_standing(correct: NDArray[np.bool_], before: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(draws, n) verdicts of what also stood before; an image wrong on most draws has fallen on all."""
-    left = correct & before
-    kept: NDArray[np.bool_] = left & (left.mean(axis=0) > 0.5)
-    return kept
 
 
 @dataclass(frozen=True, eq=False)

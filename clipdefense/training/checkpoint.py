@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
 from clipdefense.errors import UsageError
-from clipdefense.files import write_atomically, write_json
-from clipdefense.weights import load_strictly, read_sidecar, read_state_dict, sha256_of_weights
+from clipdefense.files import write_json
+from clipdefense.weights import load_strictly, read_sidecar, read_state_dict, sha256_of_weights, write_tensors
 
 if TYPE_CHECKING:
     from clipdefense.classifier import ZeroShotClassifier
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, atomically; the tensors may lie on any device and be views.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
-    """
-    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(owned, temporary, dict(metadata))
-        except SafetensorError as error:  # what its own writer makes of a full disk
-            raise OSError(str(error)) from error
-
-    write_atomically(path, write)
 
 
 def save_model(model: ZeroShotClassifier, path: str | Path, **metadata: Any) -> Path:

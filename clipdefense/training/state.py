@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from clipdefense.errors import UsageError
-from clipdefense.training.checkpoint import write_tensors
+from clipdefense.weights import write_tensors
 
 STATE_FILE, MODEL_FILE = "training-state.safetensors", "model.safetensors"
 BASE = "base weights (SHA-256)"

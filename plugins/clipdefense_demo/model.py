@@ -19,8 +19,7 @@ from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.data import CACHE_VARIABLE, cache_folder
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.files import write_text
-from clipdefense.training.checkpoint import write_tensors
-from clipdefense.weights import load_strictly, read_state_dict
+from clipdefense.weights import load_strictly, read_state_dict, write_tensors
 from clipdefense_demo.digits import CLASSES
 from clipdefense_demo.pretraining import TEMPLATES, Recipe, build, open_clip_config, train
 from clipdefense_openclip import loader

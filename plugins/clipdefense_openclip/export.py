@@ -15,8 +15,7 @@ import torch.nn.functional as F
 
 from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.errors import UsageError
-from clipdefense.training.checkpoint import write_tensors
-from clipdefense.weights import load_strictly
+from clipdefense.weights import load_strictly, write_tensors
 from clipdefense_openclip.architecture import build, find_architecture
 from clipdefense_openclip.checkpoint import locate, read_weights, take_apart
 from clipdefense_openclip.loader import load

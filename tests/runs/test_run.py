@@ -290,7 +290,7 @@ def test_a_full_disk_loses_nothing(make_config: MakeConfig, folder: Path, monkey
         monkeypatch.context() as patch,
         pytest.raises(UsageError, match=r"No space left on device.*same command goes on"),
     ):
-        patch.setattr("clipdefense.runs.bank.save_file", full)
+        patch.setattr("clipdefense.weights.save_file", full)
         run(config, folder, device="cpu")
     assert run(config, folder, device="cpu") == 3 - done
     assert read(folder).cells[0].missing == 0

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from clipdefense.classifier import ZeroShotClassifier
 from clipdefense.errors import UsageError
 from clipdefense.files import write_atomically
-from clipdefense.training.checkpoint import load_weights, save_model, write_tensors
+from clipdefense.training.checkpoint import load_weights, save_model
 from clipdefense.training.state import STATE_FILE
-from clipdefense.weights import read_sidecar, sha256_of_weights
+from clipdefense.weights import read_sidecar, sha256_of_weights, write_tensors
 from clipdefense_tecoa.tecoa import TeCoA
 
 Make = Callable[..., ZeroShotClassifier]
