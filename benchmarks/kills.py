@@ -130,6 +130,7 @@ def forked(task: Callable[[], Any], kill_after: float | None = None) -> Ended:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # threads do not survive a fork: what waits for the parent's would wait for ever
         try:
             value = task()
         except UsageError as error:
@@ -327,7 +328,7 @@ def _units(folder: Path) -> int:
 
 def measure(size: str, kills: int, points: Sequence[str], folder: Path) -> dict[str, Any]:
     """All of it, in a new folder."""
-    torch.set_num_threads(1)  # a forked process must not inherit another's thread pool
+    torch.set_num_threads(1)  # what is compared was computed alike
     specs = make_files_forked(folder, IMAGES[size])
     bench = Bench(configuration(*specs, unit=UNIT[size]), folder)
     whole = bench.unbroken()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipdefense.errors import UsageError
+from clipdefense.evaluation.answers import Answers
 from clipdefense.evaluation.statistics import Interval, wilson
 from clipdefense.threat import ThreatModel
 
@@ -37,6 +38,8 @@ class Row:
         adversarial: (n, C, H, W), only where asked for.
         kind: see :data:`Kind`.
         draws: EOT draws of each gradient (or query).
+        answers: what was said of this attack's own images, also where ``correct`` counts those before it; None where
+            no model was asked, as in a worst case.
     """
 
     attack: str
@@ -45,6 +48,7 @@ class Row:
     adversarial: Tensor | None = field(default=None, repr=False, compare=False)
     kind: Kind = ""
     draws: int = 1
+    answers: Answers | None = field(default=None, repr=False, compare=False)
 
     @property
     def accuracy(self) -> float:

@@ -13,20 +13,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clipdefense.attacks.adaptive import Adaptive, passes
-from clipdefense.attacks.context import check_finite, predict
+from clipdefense.attacks.context import predict
 from clipdefense.attacks.engine import prepare
 from clipdefense.attacks.options import Progress, labelled
 from clipdefense.defenses import TestTimeDefense, ViewModule
 from clipdefense.errors import UsageError, unknown_name
+from clipdefense.evaluation.answers import ask
 from clipdefense.evaluation.cost import SINGLE, estimate, watched
 from clipdefense.evaluation.fingerprint import constructed, fingerprint
-from clipdefense.evaluation.results import Evaluation, Row, still_standing
+from clipdefense.evaluation.results import Evaluation, Kind, Row, still_standing
 from clipdefense.evaluation.roles import check_counts, check_roles
 from clipdefense.evaluation.targets import TRANSFER, Plan, Target, has_views, is_randomized, select, views_of
 from clipdefense.plugins import get_attack
@@ -155,6 +154,7 @@ def evaluate(
     ids: Tensor | None = None,
     batch_size: int = 128,
     keep_adversarial: bool = False,
+    on_row: Callable[[Row, Tensor], None] | None = None,
     progress: Callable[[str], None] | None = None,
     watch: Progress | None = None,
 ) -> Evaluation:
@@ -178,6 +178,8 @@ def evaluate(
         ids: (N,) distinct image ids that key every draw; 0 .. N-1 when not given.
         batch_size: images a forward.
         keep_adversarial: keep each attack's images in the rows.
+        on_row: given each attack's row and its images (N, C, H, W), on x's device, as soon as they are judged. An image
+            judged is x plus a perturbation of its dtype, to the last bit: the difference, stored, gives it back.
         progress: told what begins, such as ``"ttc: pgd on adaptive view bpda-eot"``.
         watch: told how far each attack is, see :func:`clipdefense.attacks.progress_bar`. With it, ``progress`` is told
             at the start how long the attacks on a defence will take.
@@ -192,7 +194,7 @@ def evaluate(
     check_counts(verdict_seeds=verdict_seeds, batch_size=batch_size, eot=1 if eot is None else eot)
     _, ids = prepare(model, x, y, seed, None, ids)
     specs = parse_attacks(attacks, threat)
-    job = _Job(model, defense, x, y, ids, threat, seed, verdict_seeds, batch_size, keep_adversarial, watch)
+    job = _Job(model, defense, x, y, ids, threat, seed, verdict_seeds, batch_size, keep_adversarial, on_row, watch)
     plan = job.plan(specs, adaptive, views, eot)
     return job.run(plan, cumulative, name or type(model if defense is None else defense).__name__, progress)
 
@@ -212,10 +214,11 @@ class _Job:
         verdict_seeds: int,
         batch_size: int,
         keep: bool,
+        on_row: Callable[[Row, Tensor], None] | None,
         watch: Progress | None,
     ) -> None:
         self.model, self.defense, self.x, self.y, self.ids, self.threat = model, defense, x, y, ids, threat
-        self.seed, self.batch_size, self.keep, self.watch = seed, batch_size, keep, watch
+        self.seed, self.batch_size, self.keep, self.on_row, self.watch = seed, batch_size, keep, on_row, watch
         self.randomized = is_randomized(model, defense)
         self.seeds = range(seed, seed + verdict_seeds) if self.randomized else range(seed, seed + 1)
         self.judge = model if defense is None else defense.wrap(model)
@@ -255,7 +258,7 @@ class _Job:
     def run(self, plan: Plan, cumulative: bool, title: str, progress: Callable[[str], None] | None) -> Evaluation:
         """Every attack of the plan, judged."""
         targets, left_out = plan.targets()
-        clean = Row("none", "nothing", self.verdicts(self.x), kind="clean")
+        clean = self.judged(self.x, "none", "nothing", "clean")
         say = (lambda text: None) if progress is None else lambda text: progress(f"{title}: {text}")
         if self.watch is not None and (self.defense is not None or plan.views):
             say(estimate(targets, self.judge, len(self.seeds), self.x, self.threat, self.batch_size))
@@ -288,15 +291,10 @@ class _Job:
             "adaptive": None if plan.suite is None else asdict(plan.suite),
         }
 
-    def verdicts(self, x: Tensor) -> NDArray[np.bool_]:
-        """(verdict seeds, N) whether the judged model is right."""
-        correct = []
-        for seed in self.seeds:
-            keys = {"ids": self.ids, "seed": seed} if self.randomized else {}
-            logits = predict(self.judge, x, batch_size=self.batch_size, **keys)
-            check_finite(logits, self.ids)
-            correct.append((logits.argmax(dim=1) == self.y).cpu().numpy())
-        return np.stack(correct)
+    def judged(self, x: Tensor, attack: str, attacked: str, kind: Kind, draws: int = 1) -> Row:
+        """What the judged model says of these images."""
+        answers = ask(self.judge, x, self.y, self.ids, self.seeds, self.batch_size)
+        return Row(attack, attacked, answers.predicted == self.y.cpu().numpy(), None, kind, draws, answers)
 
     def rows(self, target: Target, clean: Row, cumulative: bool, say: Callable[[str], None]) -> list[Row]:
         """Every attack of one target."""
@@ -305,15 +303,18 @@ class _Job:
         for spec in target.specs:
             stage = f"{spec} on {target.label}"
             say(stage)
-            row = self.attack(spec, target, standing, stage)
+            row, x_adv = self.attack(spec, target, standing, stage)
             if cumulative:
                 after = f"{'+ ' if standing is not clean else ''}{row.attack}"
                 row = standing = replace(row, attack=after, correct=still_standing(row.correct, standing.correct))
             rows.append(row)
+            if self.on_row is not None:
+                self.on_row(row, x_adv)
+            del x_adv  # the next attack may need the memory
         return rows
 
-    def attack(self, spec: AttackSpec, target: Target, standing: Row, stage: str) -> Row:
-        """Attack every image that is still right on some draw, and judge the result."""
+    def attack(self, spec: AttackSpec, target: Target, standing: Row, stage: str) -> tuple[Row, Tensor]:
+        """Attack every image that is still right on some draw, and judge the result: the row, and its images."""
         function, budget, options = spec.bind(self.threat)
         parameters = inspect.signature(function).parameters
         common: dict[str, Any] = {"seed": self.seed, "batch_size": self.batch_size}
@@ -337,8 +338,9 @@ class _Job:
                 x_adv[rows] = function(
                     target.module, self.x[rows], self.y[rows], budget, ids=self.ids[rows], **arguments
                 )
-        kept = x_adv.cpu() if self.keep else None
-        row = Row(str(spec), target.label, self.verdicts(x_adv), kept, target.kind, target.draws)
-        if target.kind == "itself" and not self.same(x_adv):  # the defence acts on attacked images only
-            row = replace(row, attacked=TRANSFER, kind="transfer")
-        return row
+        x_adv = self.x + (x_adv - self.x)  # what a stored perturbation gives, which may be a rounding away
+        attacked, kind = target.label, target.kind
+        if kind == "itself" and not self.same(x_adv):  # the defence acts on attacked images only
+            attacked, kind = TRANSFER, "transfer"
+        row = self.judged(x_adv, str(spec), attacked, kind, target.draws)
+        return replace(row, adversarial=x_adv.cpu()) if self.keep else row, x_adv

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from clipdefense.attacks.foreign import within_budget
+from clipdefense.attacks.foreign import clean_unless_within, within_budget
 from clipdefense.errors import UsageError, unknown_name
+from clipdefense.evaluation.answers import ask
 from clipdefense.evaluation.results import Row
 from clipdefense.evaluation.statistics import mcnemar
 from clipdefense.runs.build import Builder, choose_device
 from clipdefense.runs.decode import Decoder
-from clipdefense.runs.judge import look
 from clipdefense.runs.results import CellResult, RunResult, read
 from clipdefense.runs.store import check_same
 from clipdefense.runs.verify import SAME_IMAGES, Pieces, banks, check_images_same, check_subject
@@ -201,8 +202,9 @@ def _transfer(ours: RunResult, one: CellResult, two: CellResult, builder: Builde
                 inside = within_budget(subject.threat, x, x_adv)
                 y = ids.new_tensor([labels[name] for name in ids.tolist()])
                 where = builder.device
-                seen = look(subject, x_adv.to(where), y.to(where), ids.to(where), subject.seeds, size)
-                fallen = (seen.predicted != y).any(dim=0) & inside
+                x_adv = clean_unless_within(subject.threat, x, x_adv)
+                answers = ask(subject.judge, x_adv.to(where), y.to(where), ids.to(where), subject.seeds, size)
+                fallen = torch.from_numpy((answers.predicted != y.numpy()).any(axis=0)) & inside
                 tried.update(ids[inside].tolist())
                 broken.update(ids[fallen].tolist())
     return Transferred(one.cell.name, two.cell.name, len(tried), tuple(sorted(broken)))

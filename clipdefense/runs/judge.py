@@ -1,28 +1,26 @@
-"""One work unit: attacked by the evaluation's own runner, then judged once more for the record."""
+"""One work unit: attacked and judged by the evaluation's own runner, and written down as rows of the store."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clipdefense.attacks.context import predict
-from clipdefense.attacks.objectives import margin
 from clipdefense.attacks.options import Status
+from clipdefense.evaluation.answers import Answers, ask
 from clipdefense.evaluation.fingerprint import hashed_once
-from clipdefense.evaluation.results import Row, still_standing
+from clipdefense.evaluation.results import Evaluation, Row
 from clipdefense.evaluation.runner import evaluate
 from clipdefense.evaluation.targets import TRANSFER
 from clipdefense.runs.bank import Broken
 from clipdefense.runs.build import Subject
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.decode import Batch
-from clipdefense.runs.results import AFTER
+from clipdefense.runs.results import NEAR
 from clipdefense.runs.store import Finished, Named, Verdict
 from clipdefense.runs.units import Cell
 
@@ -33,125 +31,93 @@ class Say(Protocol):
     def __call__(self, what: str, status: Status | None = None) -> None: ...
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What the judged model says.
+class _Unit:
+    """The images of a work unit on the device, and what the attacks leave of them besides their rows."""
 
-    Attributes:
-        predicted: (seeds, n) classes.
-        margin: (seeds, n) ``z_label - max z_other``, negative where misclassified.
-    """
-
-    predicted: Tensor
-    margin: Tensor
-
-
-def look(subject: Subject, x: Tensor, y: Tensor, ids: Tensor, seeds: range, batch_size: int) -> Seen:
-    """One fp32 forward an image and seed, on x's device; the answers are on the CPU."""
-    judge, predicted, margins = subject.judge, [], []
-    for seed in seeds:
-        keys = {"ids": ids, "seed": seed} if subject.randomized else {}
-        logits = predict(judge, x, batch_size=batch_size, **keys)
-        predicted.append(logits.argmax(dim=1))
-        margins.append(-margin(logits, y))
-    return Seen(torch.stack(predicted).cpu(), torch.stack(margins).double().cpu())
-
-
-class _Record:
-    """A unit's verdicts, attack after attack."""
-
-    def __init__(self, subject: Subject, x: Tensor, y: Tensor, ids: Tensor, bucket: int, cumulative: bool) -> None:
-        self.cumulative, self.left = cumulative, np.ones((0, 0), bool)
-        self.subject, self.x, self.y, self.ids, self.bucket = subject, x, y, ids, bucket
-        self.clean = self.look(x).predicted
-        self.verdicts: list[Verdict] = []
-        self.attacks: list[Named] = []
-        self.left_out: tuple[str, ...] = ()
+    def __init__(self, subject: Subject, batch: Batch, device: str, bucket: int, keep: bool, doubt: bool) -> None:
+        """
+        Args:
+            subject: what is judged.
+            batch: the images.
+            device: where to compute.
+            bucket: images a forward.
+            keep: keep the perturbations that break an image on any draw.
+            doubt: show the model some images twice: does it say the same?
+        """
+        self.x, self.y, self.ids = (tensor.to(device) for tensor in (batch.x, batch.y, batch.ids))
+        self.subject, self.label, self.bucket = subject, batch.y.numpy(), bucket
+        self.keep, self.doubt = keep, doubt
         self.broken: dict[int, Broken] = {}
+        self.attacks: list[Named] = []
         self.unrepeatable = 0
 
-    def look(self, x: Tensor) -> Seen:
-        return look(self.subject, x, self.y, self.ids, self.subject.seeds, self.bucket)
-
-    def add(self, row: Row) -> None:
-        """One attack on one target; of a cumulative row the store gets what was said of its own images."""
-        assert row.adversarial is not None
-        number = len(self.attacks)
-        named = (row.attack, row.attacked, row.kind, row.draws)
+    def add(self, row: Row, x_adv: Tensor) -> None:
+        """One attack on one target."""
+        answers, number, kind = _answers(row), len(self.attacks), (row.attacked, row.kind)
         if self.subject.defense is not None and row.kind == "itself":
             # on these images the defence changed nothing; on those of another unit it may
-            named = (row.attack, TRANSFER, "transfer", row.draws)
-        self.attacks.append(named)
-        # the image that is judged is the one that x and the perturbation in the bank give again
-        delta = row.adversarial.to(self.x.device) - self.x
-        seen = self.look(self.x + delta)
-        right, label = seen.predicted == self.y.cpu(), self.y.tolist()
-        if self.cumulative:
-            before = self.left if row.attack.startswith(AFTER) else (self.clean == self.y.cpu()).numpy()
-            self.left = still_standing(right.numpy(), before)
-        expected = self.left if self.cumulative else right.numpy()
-        self.unrepeatable += int((expected != row.correct).any(axis=0).sum())
-        moved = delta.flatten(1).any(dim=1).cpu()
-        tried = (self.clean == self.y.cpu()).any(dim=0)
-        steps = [None if known else 0 for known in tried.tolist()]
-        for index, seed in enumerate(self.subject.seeds):
-            columns = (
-                self.ids.tolist(),
-                label,
-                self.clean[index].tolist(),
-                seen.predicted[index].tolist(),
-                seen.margin[index].tolist(),
-                steps,
-            )
-            self.verdicts += [(number, seed, *values, self.bucket) for values in zip(*columns)]
-        worth = (~right.all(dim=0) & moved).nonzero()[:, 0]
-        if len(worth):
-            there = worth.to(delta.device)
-            self.broken[number] = self.ids[there].cpu(), delta[there].float().cpu()
+            kind = (TRANSFER, "transfer")
+        self.attacks.append((row.attack, *kind, row.draws))
+        if self.doubt:
+            self.unrepeatable += self.changed(answers, x_adv)
+        if self.keep:
+            delta = x_adv - self.x
+            fallen = torch.from_numpy((answers.predicted != self.label).any(axis=0)).to(delta.device)
+            worth = (fallen & delta.flatten(1).any(dim=1)).nonzero()[:, 0]
+            if len(worth):
+                self.broken[number] = self.ids[worth].cpu(), delta[worth].float().cpu()
+
+    def changed(self, answers: Answers, x_adv: Tensor) -> int:
+        """Images of the first batch of which the model says another thing when it is shown that batch once more."""
+        few = slice(self.bucket)
+        again = ask(self.subject.judge, x_adv[few], self.y[few], self.ids[few], self.subject.seeds, self.bucket)
+        moved = np.abs(again.margin - answers.margin[:, few]) > NEAR
+        return int((moved | (again.predicted != answers.predicted[:, few])).any(axis=0).sum())
+
+    def verdicts(self, evaluation: Evaluation) -> list[Verdict]:
+        """What was said of each image, clean and attacked; in a cumulative run too of each attack's own images."""
+        clean, ids, label = _answers(evaluation.clean).predicted, self.ids.tolist(), self.label.tolist()
+        # an image that was wrong from the start was not attacked; of the others no attack tells
+        steps = [None if tried else 0 for tried in (clean == self.label).any(axis=0).tolist()]
+        found: list[Verdict] = []
+        for number, row in enumerate(evaluation.rows):
+            said = _answers(row)
+            for index, seed in enumerate(self.subject.seeds):
+                columns = (clean[index].tolist(), said.predicted[index].tolist(), said.margin[index].tolist(), steps)
+                found += [(number, seed, *values, self.bucket) for values in zip(ids, label, *columns)]
+        return found
 
 
-def _attacked(
-    cell: Cell,
-    subject: Subject,
-    images: tuple[Tensor, Tensor, Tensor],
-    config: RunConfig,
-    bucket: int,
-    progress: Say,
-    first: bool,
-) -> _Record:
-    x, y, ids = images
-    record = _Record(subject, x, y, ids, bucket, config.cumulative)
+def _answers(row: Row) -> Answers:
+    assert row.answers is not None, "an evaluation's own rows have them"
+    return row.answers
+
+
+def _evaluated(unit: _Unit, cell: Cell, config: RunConfig, progress: Say, first: bool) -> Evaluation:
+    subject = unit.subject
     title = cell.model.label if subject.defense is None else cell.defense.label
     restart: Callable[[], None] = getattr(subject.defense, "reset", lambda: None)
-    # one at a time, since the images that an attack leaves are as large as the unit; but what an adaptive evaluation
-    # adds of its own is to run once, and a cumulative one looks at all of them
-    together = config.adaptive or config.cumulative
-    for specs in [subject.attacks] if together else [[spec] for spec in subject.attacks]:
-        restart()  # a unit's draws do not depend on the units before it, whoever did them
-        evaluation = evaluate(
-            subject.model,
-            x,
-            y,
-            subject.threat,
-            attacks=specs,
-            defense=subject.defense,
-            adaptive=config.adaptive,
-            cumulative=config.cumulative,
-            views=cell.defense.views,
-            eot=cell.defense.eot,
-            batch_size=bucket,
-            verdict_seeds=config.verdict_seeds,
-            seed=config.seed,
-            ids=ids,
-            keep_adversarial=True,
-            progress=progress,
-            watch=(lambda status: progress(f"{title}: {status.stage}", status)) if first else None,
-            name=title,
-        )
-        record.left_out = evaluation.left_out
-        for row in evaluation.rows:
-            record.add(row)
-    return record
+    restart()  # a unit's draws do not depend on the units before it, whoever did them
+    return evaluate(
+        subject.model,
+        unit.x,
+        unit.y,
+        subject.threat,
+        attacks=subject.attacks,
+        defense=subject.defense,
+        adaptive=config.adaptive,
+        cumulative=config.cumulative,
+        views=cell.defense.views,
+        eot=cell.defense.eot,
+        batch_size=unit.bucket,
+        verdict_seeds=config.verdict_seeds,
+        seed=config.seed,
+        ids=unit.ids,
+        on_row=unit.add,
+        progress=progress,
+        watch=(lambda status: progress(f"{title}: {status.stage}", status)) if first else None,
+        name=title,
+    )
 
 
 def judge_unit(
@@ -174,27 +140,28 @@ def judge_unit(
         device: where to compute.
         bucket: images a forward.
         progress: told what begins.
-        first: tell how long a unit will take, which costs a few passes, and how far each attack is.
+        first: of this process in the cell. It tells how long a unit will take and how far each attack is, and has the
+            model answer a batch twice, which cost a few passes.
 
     Returns:
         What goes into the store, and the perturbations that broke images.
     """
     began = time.monotonic()
-    x, y, ids = (tensor.to(device) for tensor in (batch.x, batch.y, batch.ids))
+    unit = _Unit(subject, batch, device, bucket, config.save_adv, doubt=first)
     with hashed_once(subject.hashes):
-        record = _attacked(cell, subject, (x, y, ids), config, bucket, progress, first) if len(x) else None
+        evaluation = _evaluated(unit, cell, config, progress, first) if len(batch.x) else None
     finished = Finished(
-        verdicts=[] if record is None else record.verdicts,
-        attacks=[] if record is None else record.attacks,
-        left_out=() if record is None else record.left_out,
+        verdicts=[] if evaluation is None else unit.verdicts(evaluation),
+        attacks=unit.attacks,
+        left_out=() if evaluation is None else evaluation.left_out,
         corrupt=batch.corrupt,
-        images=len(x),
+        images=len(batch.x),
         pixels_sha256=batch.sha256,
-        unrepeatable=0 if record is None else record.unrepeatable,
-        bank=config.save_adv and record is not None and bool(record.broken),
+        unrepeatable=unit.unrepeatable,
+        bank=bool(unit.broken),
         device=str(device),
         threads=torch.get_num_threads(),
         bucket=bucket,
         seconds=time.monotonic() - began,
     )
-    return finished, {} if record is None else record.broken
+    return finished, unit.broken

@@ -48,7 +48,8 @@ class CellResult:
         clean: (seeds, n) predictions on clean images.
         adversarial: (attacks, seeds, n) predictions; margin likewise.
         corrupt: (image, why) of those that could not be decoded; they are in no count.
-        unrepeatable: verdicts that changed when the model was asked again.
+        unrepeatable: images on which the model, shown a batch again, said another thing (the first batch of each attack
+            in the first work unit of a session).
         units, missing: work units done and not done.
         made_on: device, threads and bucket size of the work units.
         banks: work units with a file of perturbations.
@@ -337,7 +338,8 @@ def notes(cell: CellResult) -> list[str]:
         found.append(f"{cell.near} verdicts have a margin below {NEAR:g}: another machine may call them otherwise.")
     if cell.unrepeatable:
         found.append(
-            f"{cell.unrepeatable} verdicts CHANGED when the model was asked again: it is not what it declares."
+            f"{cell.unrepeatable} verdicts CHANGED when the model was asked again (of the first batch of each attack): "
+            "it is not what it declares."
         )
     if len(cell.made_on) > 1:
         places = "; ".join(

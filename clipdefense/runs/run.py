@@ -6,6 +6,7 @@ import gc
 import os
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def first_images(builder: Builder, cell: Cell, n: int = 64) -> tuple[Tensor, Ten
     dataset = builder.datasets[cell.dataset.label]
     chosen = dataset.sample(min(n, len(dataset)), seed=builder.config.seed)
     with Decoder() as decoder:
-        batch = decoder.finish(decoder.begin(chosen, range(len(chosen))), builder.shapes[cell.dataset.label])
+        batch = decoder.begin(chosen, range(len(chosen)), builder.shapes[cell.dataset.label]).result()
     return batch.x.to(builder.device), batch.y.to(builder.device)
 
 
@@ -101,18 +102,17 @@ class _Loop:
         self.told: frozenset[int] = frozenset()  # cells of which it was told how long a unit takes
 
     def all(self, pending: list[Job]) -> None:
-        with Decoder() as decoder:
-            labels = [job.cell.dataset.label for job in pending]
-            coming = None
+        with Decoder(pinned=self.builder.device.startswith("cuda")) as decoder:
+            coming: Future[Batch] | None = None
             for index, job in enumerate(pending):
-                if coming is None:
-                    coming = decoder.begin(self.builder.datasets[labels[index]], range(job.start, job.stop))
-                batch = decoder.finish(coming, self.builder.shapes[labels[index]])
-                after, coming = pending[index + 1 : index + 2], None
-                for following in after:
-                    dataset = self.builder.datasets[following.cell.dataset.label]
-                    coming = decoder.begin(dataset, range(following.start, following.stop))
+                batch = (coming or self._begun(decoder, job)).result()
+                after = pending[index + 1 : index + 2]
+                coming = self._begun(decoder, after[0]) if after else None
                 self._one(job, batch, self.total - len(pending) + index)
+
+    def _begun(self, decoder: Decoder, job: Job) -> Future[Batch]:
+        label = job.cell.dataset.label
+        return decoder.begin(self.builder.datasets[label], range(job.start, job.stop), self.builder.shapes[label])
 
     def _one(self, job: Job, batch: Batch, done: int) -> None:
         subject = self.builder.subject(job.cell)

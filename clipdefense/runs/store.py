@@ -194,6 +194,11 @@ class Store:
             many("INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
             names = ((cell, number, *named) for number, named in enumerate(unit.attacks))
             many("INSERT OR IGNORE INTO attacks VALUES (?, ?, ?, ?, ?, ?)", names)
+            query = "SELECT attack, view, kind, draws FROM attacks WHERE cell = ? ORDER BY number"
+            if unit.attacks:  # the numbers mean what they meant in the sessions before
+                stored = {"attacks": run(query, (cell,)).fetchall()}
+                ours = {"attacks": unit.attacks}
+                check_same(json.loads(json.dumps(stored)), ours, f"the cell {job.cell.name!r} in {str(self.folder)!r}")
             many("INSERT OR IGNORE INTO left_out VALUES (?, ?)", ((cell, reason) for reason in unit.left_out))
             many("INSERT INTO corrupt VALUES (?, ?, ?, ?)", ((cell, job.unit, *bad) for bad in unit.corrupt))
 

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipdefense.attacks.foreign import within_budget
+from clipdefense.attacks.foreign import clean_unless_within, within_budget
 from clipdefense.errors import UsageError
+from clipdefense.evaluation.answers import ask
 from clipdefense.evaluation.statistics import Interval, wilson
 from clipdefense.files import write_json
 from clipdefense.runs.bank import Broken, bank_file, read_bank
 from clipdefense.runs.build import Builder, Facts, Subject, choose_device
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.decode import Decoder
-from clipdefense.runs.judge import look
 from clipdefense.runs.results import NEAR, CellResult, RunResult, read
 from clipdefense.runs.store import check_same, writing
 
@@ -215,22 +215,23 @@ class _Verifier:
         rows = [self.place[int(i)] for i in ids]
         y = torch.from_numpy(self.cell.labels[rows])
         device = self.builder.device
-        seen = look(self.subject, x_adv.to(device), y.to(device), ids.to(device), self.seeds, self.batch_size)
-        inside = within_budget(self.subject.threat, x, x_adv)
-        wrong = (seen.predicted != y) & inside
-        stored = torch.from_numpy(claimed[:, rows])[: len(self.seeds)]
-        again, margin = wrong[: len(stored)], seen.margin[: len(stored)]
+        inside = within_budget(self.subject.threat, x, x_adv).numpy()
+        shown = clean_unless_within(self.subject.threat, x, x_adv).to(device)
+        answers = ask(self.subject.judge, shown, y.to(device), ids.to(device), self.seeds, self.batch_size)
+        wrong = (answers.predicted != y.numpy()) & inside
+        stored = claimed[:, rows][: len(self.seeds)]
+        again, margin = wrong[: len(stored)], answers.margin[: len(stored)]
         lost = stored & ~again & inside
-        near = lost & (margin.abs() < NEAR)
+        near = lost & (np.abs(margin) < NEAR)
         proof.claims += int(stored.sum())
         proof.proved += int((stored & again).sum())
         proof.near += int(near.sum())
         proof.failed += int((lost & ~near).sum())
         proof.over_budget += int((~inside).sum())
         proof.images += len(ids)
-        proof.asked += wrong.numel()
+        proof.asked += wrong.size
         proof.wrong += int(wrong.sum())
-        bad = ((lost & ~near).any(dim=0) | ~inside).nonzero()[:, 0]
+        bad = ((lost & ~near).any(axis=0) | ~inside).nonzero()[0]
         proof.failures = [*proof.failures, *(int(ids[i]) for i in bad)][:20]
 
 
@@ -249,7 +250,7 @@ class Pieces:
         Raises:
             UsageError: one that could be decoded before cannot be now.
         """
-        batch = self.decoder.finish(self.decoder.begin(self.dataset, [self.index[int(i)] for i in ids]), self.shape)
+        batch = self.decoder.begin(self.dataset, [self.index[int(i)] for i in ids], self.shape).result()
         if batch.corrupt:
             raise UsageError(f"an image that the run has verdicts on cannot be decoded here: {batch.corrupt[0][1]}")
         return batch.x

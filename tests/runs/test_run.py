@@ -83,6 +83,50 @@ def test_the_rows_are_those_of_the_evaluation(make_config: MakeConfig, folder: P
         assert result.unrepeatable == 0 and result.missing == 0
 
 
+def test_the_model_is_asked_once_clean_and_once_attacked(
+    make_config: MakeConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, verdicts, gradients = Builder.model, [], []
+
+    def counted(self: Builder, cell: Any) -> Any:
+        model = real(self, cell)
+        where = {True: gradients, False: verdicts}
+        model.register_forward_hook(lambda _, inputs, output: where[torch.is_grad_enabled()].append(len(output)))
+        return model
+
+    monkeypatch.setattr(Builder, "model", counted)
+    run(make_config(attacks=["pgd,early_stop=false"], exhibits=False), folder, device="cpu")
+    (cell,) = read(folder).cells
+    attacked = int((cell.clean[0] == cell.labels).sum())
+    assert sum(gradients) == 3 * attacked
+    # what comes to more is the attack's own, and the batch of 8 that is shown once more
+    own = sum(verdicts) - 2 * 40 - 8
+    builder = Builder(make_config(), "cpu")
+    subject = builder.subject(cells(make_config())[0])
+    x, y = builder.datasets["images"].tensors()
+    right = torch.from_numpy(cell.clean[0] == cell.labels)
+    verdicts.clear()
+    cd.attacks.pgd(subject.model, x[right], y[right], subject.threat, early_stop=False, batch_size=8)
+    assert own == sum(verdicts)
+
+
+def test_a_model_that_does_not_repeat_itself_is_told(
+    make_config: MakeConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Builder.model
+
+    def noisy(self: Builder, cell: Any) -> Any:
+        model = real(self, cell)
+        model.register_forward_hook(lambda _, inputs, output: output + 0.01 * torch.randn_like(output))
+        return model
+
+    monkeypatch.setattr(Builder, "model", noisy)
+    run(make_config(attacks=["pgd", "apgd-ce,steps=2"]), folder, device="cpu")
+    (cell,) = read(folder).cells
+    assert 8 < cell.unrepeatable <= 2 * 8  # the first batch of each attack, all but always
+    assert f"{cell.unrepeatable} verdicts CHANGED when the model was asked again" in (folder / "summary.md").read_text()
+
+
 def test_summaries_in_three_forms(make_config: MakeConfig, folder: Path) -> None:
     run(make_config(), folder, device="cpu")
     result = json.loads((folder / "summary.json").read_text())["results"][0]
@@ -139,6 +183,20 @@ def test_another_run_in_the_folder_is_refused_by_field(
         run(make_config(**change), folder, device="cpu")
     assert rows(folder) == before
     assert run(make_config(batch_size=4), folder, device="cpu") == 0  # a matter of the machine, recorded by row
+
+
+def test_work_units_that_number_their_attacks_otherwise_are_refused(make_config: MakeConfig, folder: Path) -> None:
+    config = make_config(attacks=["pgd", "apgd-ce,steps=2"])
+    run(config, folder, device="cpu")
+    with closing(sqlite3.connect(stores_in(folder)[0])) as connection:
+        connection.execute("DELETE FROM units WHERE unit = 1")
+        connection.execute("DELETE FROM verdicts WHERE unit = 1")
+        connection.execute("UPDATE attacks SET number = 1 - number + 2")
+        connection.execute("UPDATE attacks SET number = number - 2")
+        connection.commit()
+    with pytest.raises(UsageError, match=r"attacks\[0\].*'pgd'.*was made with .*'apgd-ce,steps=2'"):
+        run(config, folder, device="cpu")
+    assert ask(folder, "SELECT count(*) FROM units") == [(2,)]
 
 
 def test_other_weights_and_other_images_are_refused(
@@ -242,12 +300,12 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
 def test_the_next_unit_is_decoded_during_the_attack_and_no_further(
     make_config: MakeConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_decode, real_judge = decode._decode, module.judge_unit
+    real_decode, real_judge = decode._decode_one, module.judge_unit
     decoded: set[int] = set()
     arrived, in_time, ahead = threading.Condition(), [], []
 
-    def counting(dataset: Any, index: int) -> Any:
-        result = real_decode(dataset, index)
+    def counting(dataset: Any, index: int, row: Any) -> Any:
+        result = real_decode(dataset, index, row)
         with arrived:
             decoded.add(index)
             arrived.notify_all()
@@ -260,7 +318,7 @@ def test_the_next_unit_is_decoded_during_the_attack_and_no_further(
         ahead.append(len(decoded) - expected)
         return real_judge(cell, subject, batch, *more)
 
-    monkeypatch.setattr(decode, "_decode", counting)
+    monkeypatch.setattr(decode, "_decode_one", counting)
     monkeypatch.setattr(module, "judge_unit", waiting)
     run(make_config(), folder, device="cpu")
     assert in_time == [True] * 3 and ahead == [0] * 3

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 import clipdefense.runs.verify as module
 from clipdefense.errors import UsageError
 from clipdefense.evaluation import wilson
+from clipdefense.evaluation.answers import Answers
 from clipdefense.runs.bank import bank_file
 from clipdefense.runs.build import Builder
 from clipdefense.runs.config import RunConfig
-from clipdefense.runs.judge import Seen
 from clipdefense.runs.results import read
 from clipdefense.runs.run import run
 from clipdefense.runs.verify import verify
@@ -83,12 +83,12 @@ def test_a_margin_below_a_thousandth_is_counted_apart(saved: Path, monkeypatch: 
     labels = dict(zip(cell.samples.tolist(), cell.labels.tolist()))
     margins = [5e-4, -5e-4, 2e-3]  # near, near and still broken, lost
 
-    def look(subject: Any, x: Any, y: Any, ids: torch.Tensor, seeds: range, size: int) -> Seen:
-        margin = torch.tensor([margins[int(i) % 3] for i in ids])[None].double()
-        label = torch.tensor([labels[int(i)] for i in ids])[None]
-        return Seen(torch.where(margin > 0, label, label + 1), margin)
+    def ask(judge: Any, x: Any, y: Any, ids: torch.Tensor, seeds: range, size: int) -> Answers:
+        margin = np.array([[margins[int(i) % 3] for i in ids]])
+        label = np.array([[labels[int(i)] for i in ids]])
+        return Answers(np.where(margin > 0, label, label + 1), margin)
 
-    monkeypatch.setattr(module, "look", look)
+    monkeypatch.setattr(module, "ask", ask)
     (proof,) = verify(saved, device="cpu")
     claimed = cell.samples[cell.adversarial[0, 0] != cell.labels]
     assert (proof.near, proof.proved, proof.failed) == tuple(int((claimed % 3 == rest).sum()) for rest in range(3))
