@@ -6,7 +6,7 @@ gradients averaged over 20 draws, for randomised ones, judged over several draws
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -25,18 +25,29 @@ from clipdefense.errors import UsageError, check_known, check_options, check_who
 from clipdefense.threat import ThreatModel
 
 Stage = tuple[str, Callable[..., Tensor], dict[str, Any]]
+Stages = str | Sequence[str] | Mapping[str, Mapping[str, Any]] | None
+"""See the argument of :func:`autoattack`."""
+
+# as published for a deterministic model: one restart of each
+_ATTACKS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
+    "apgd-ce": (apgd_ce, {"steps": 100}),
+    "apgd-dlr": (apgd_dlr, {"steps": 100}),
+    "apgd-t": (apgd_t, {"steps": 100, "targets": 9}),
+    "fab-t": (fab_t, {"steps": 100, "targets": 9}),
+    "square": (square, {"queries": 5000}),
+}
+# what a version changes for each of its attacks
+_CHANGES: dict[str, dict[str, Any]] = {"standard": {}, "rand": {"eot": 20, "early_stop": False}}
+
+
+def _stage(version: str, name: str) -> Stage:
+    function, own = _ATTACKS[name]
+    return name, function, own | _CHANGES[version]
+
 
 VERSIONS: dict[str, tuple[Stage, ...]] = {
-    "standard": (
-        ("apgd-ce", apgd_ce, {"steps": 100}),
-        ("apgd-t", apgd_t, {"steps": 100, "targets": 9}),
-        ("fab-t", fab_t, {"steps": 100, "targets": 9}),
-        ("square", square, {"queries": 5000}),
-    ),
-    "rand": (
-        ("apgd-ce", apgd_ce, {"steps": 100, "eot": 20, "early_stop": False}),
-        ("apgd-dlr", apgd_dlr, {"steps": 100, "eot": 20, "early_stop": False}),
-    ),
+    "standard": tuple(_stage("standard", name) for name in ("apgd-ce", "apgd-t", "fab-t", "square")),
+    "rand": tuple(_stage("rand", name) for name in ("apgd-ce", "apgd-dlr")),
 }
 
 
@@ -49,7 +60,7 @@ def autoattack(
     *,
     version: str = "standard",
     verdict_draws: int = 5,
-    stages: Mapping[str, Mapping[str, Any]] | None = None,
+    stages: Stages = None,
     **options: Any,
 ) -> Tensor:
     """Run the ensemble, each attack on the images that the ones before it left standing.
@@ -61,7 +72,9 @@ def autoattack(
         threat: norm and eps.
         version: ``"standard"`` or ``"rand"``, which averages gradients over 20 draws (``eot`` overrides).
         verdict_draws: under ``rand``, an image is broken once it is misclassified on most of so many draws.
-        stages: options of single attacks, ``{"apgd-t": {"targets": 5}}``.
+        stages: which attacks, in this order, instead of the version's own: ``"apgd-ce+apgd-dlr"``, or a sequence of
+            such names (``apgd-ce``, ``apgd-dlr``, ``apgd-t``, ``fab-t``, ``square``), each as the version would run it.
+            A mapping keeps the version's attacks and gives options of single ones, ``{"apgd-t": {"targets": 5}}``.
         options: see :class:`clipdefense.attacks.options.Options`.
 
     Returns:
@@ -69,14 +82,14 @@ def autoattack(
         from the start.
 
     Raises:
-        UsageError: bad arguments; under ``standard``, a model that is declared randomised or answers the same
-            question twice differently; logits that are not finite.
+        UsageError: bad arguments, before any attack runs; under ``standard``, a model that is declared randomised or
+            answers the same question twice differently; logits that are not finite.
     """
-    if version not in VERSIONS:
-        raise unknown_name("version", version, VERSIONS)
+    listed, own = stages_of(version, stages), stages if isinstance(stages, Mapping) else {}
     check_whole("verdict_draws", verdict_draws, 1)
     task = engine.Task.of(model, x, y, threat, options)
-    plan = list(_plan(version, stages or {}, {key: value for key, value in options.items() if key in _PASSED}))
+    passed = {key: value for key, value in options.items() if key in _PASSED}
+    plan = [(name, function, settings | passed | dict(own.get(name, {}))) for name, function, settings in listed]
     judge = _Judge(1 if version == "standard" else verdict_draws)
     if version == "standard":
         _refuse_randomized(task)
@@ -100,17 +113,44 @@ def autoattack(
 _PASSED = {field.name for field in fields(Options)} - {"seed", "generator", "ids", "progress", "doubts"}
 
 
-def _plan(version: str, stages: Mapping[str, Mapping[str, Any]], options: dict[str, Any]) -> Iterator[Stage]:
-    """The version's attacks with the caller's options."""
-    check_known(f"stage of autoattack's version {version!r}", stages, [stage for stage, _, _ in VERSIONS[version]])
-    for name, function, _ in VERSIONS[version]:
-        if not isinstance(own := stages.get(name, {}), Mapping):
+def stages_of(version: str = "standard", stages: Stages = None) -> tuple[Stage, ...]:
+    """The attacks that a version and ``stages`` stand for: (name, function, the version's settings), in their order.
+
+    Args:
+        version, stages: as :func:`autoattack` takes them.
+
+    Raises:
+        UsageError: an unknown version, attack or option, or a name that is given twice, or none.
+    """
+    if version not in VERSIONS:
+        raise unknown_name("version", str(version), VERSIONS)
+    if stages is None:
+        return VERSIONS[version]
+    if isinstance(stages, Mapping):
+        _check_own_options(version, stages)
+        return VERSIONS[version]
+    names = [name.strip() for name in stages.split("+")] if isinstance(stages, str) else stages
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) and name for name in names):
+        raise UsageError(
+            f"stages is {stages!r}; names of attacks joined by + are expected, such as 'apgd-ce+apgd-dlr', or a "
+            "sequence of names."
+        )
+    check_known("stage of autoattack", names, _ATTACKS)
+    if len(set(names)) < len(names):
+        raise UsageError(f"stages is {stages!r}, which has a name twice; an attack repeats itself, so once is enough.")
+    return tuple(_stage(version, name) for name in names)
+
+
+def _check_own_options(version: str, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Require options that the version's attacks have."""
+    functions = {name: function for name, function, _ in VERSIONS[version]}
+    check_known(f"stage of autoattack's version {version!r}", stages, functions)
+    for name, own in stages.items():
+        if not isinstance(own, Mapping):
             raise UsageError(f"stages[{name!r}] is {own!r}; a mapping of options is expected, such as {{'steps': 50}}.")
-        check_options(function, dict(own), f"option of stage {name!r}", given=4)
+        check_options(functions[name], dict(own), f"option of stage {name!r}", given=4)
         for option in {"seed", "generator", "ids", "progress"} & set(own):
             raise UsageError(f"stages[{name!r}] has {option!r}, which belongs to the whole ensemble; pass {option}=.")
-    for name, function, own in VERSIONS[version]:
-        yield name, function, own | options | dict(stages.get(name, {}))
 
 
 class _Judge:

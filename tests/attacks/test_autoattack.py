@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from clipdefense import ThreatModel, UsageError, ZeroShotClassifier, attacks
-from clipdefense.attacks.autoattack import VERSIONS
+from clipdefense.attacks.autoattack import VERSIONS, stages_of
 from clipdefense.attacks.context import predict
 from clipdefense.attacks.options import Status
 from clipdefense.defenses import Traits
+from clipdefense.evaluation import evaluate
 from clipdefense_art.native import EstimatorModule
 from clipdefense_ttc.ttc import TTC
 
@@ -169,3 +170,66 @@ def test_bad_options(tiny_model: ZeroShotClassifier, images: Tensor, labels: Ten
     ]:
         with pytest.raises(UsageError, match=message):
             attacks.run("autoattack", tiny_model, images, labels, THREAT, **options)
+
+
+PAIR = "apgd-ce+apgd-dlr"
+
+
+def test_stages_choose_the_attacks_and_the_version_says_how_they_run() -> None:
+    chosen = [(name, options) for name, _, options in stages_of("standard", PAIR)]
+    assert chosen == [("apgd-ce", {"steps": 100}), ("apgd-dlr", {"steps": 100})]
+    assert stages_of("rand", PAIR) == VERSIONS["rand"]
+    assert stages_of("standard", "apgd-ce + apgd-t+fab-t+square") == VERSIONS["standard"] == stages_of()
+    assert stages_of(stages=("square", "apgd-ce"))[0][0] == "square"  # in the order that is asked for
+    assert stages_of("rand", ["square"])[0][2] == {"queries": 5000, "eot": 20, "early_stop": False}
+    assert stages_of(stages={"square": {"queries": 3}}) == VERSIONS["standard"]
+
+
+def test_chosen_stages_are_the_two_attacks_one_on_what_the_other_left(
+    tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor
+) -> None:
+    """The published number of TeCoA, TGA-ZSR and TTC: what APGD-CE and APGD-DLR both leave standing."""
+    threat, told = ThreatModel("linf", 0.5 / 255), list[Status]()
+    together = attacks.autoattack(tiny_model, images, labels, threat, stages=PAIR, seed=3, progress=told.append)
+    assert {status.stage for status in told} == {"apgd-ce", "apgd-dlr"}
+    stand = predict(tiny_model, images).argmax(1) == labels
+    expected, left = images.clone(), stand.nonzero()[:, 0]
+    for name in ("apgd-ce", "apgd-dlr"):
+        x_adv = attacks.run(name, tiny_model, images[left], labels[left], threat, seed=3, ids=left)
+        broken = predict(tiny_model, x_adv).argmax(1) != labels[left]
+        expected[left[broken]], left = x_adv[broken], left[~broken]
+    assert torch.equal(together, expected) and 0 < len(left) < len(stand)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("apgd-ce+apgd_dlr", "stage of autoattack 'apgd_dlr' is unknown; did you mean 'apgd-dlr'"),
+        ("a", "stage of autoattack 'a' is unknown"),
+        ("apgd-ce+", r"stages is 'apgd-ce\+'; names of attacks joined by \+ are expected, such as 'apgd-ce\+apgd-dlr'"),
+        ((), r"stages is \(\); names of attacks joined by \+ are expected"),
+        (3, "stages is 3; names of attacks"),
+        (["apgd-ce", 5], "names of attacks"),
+        ("apgd-ce+apgd-ce", "has a name twice"),
+    ],
+)
+def test_stages_that_cannot_be_are_named_before_anything_runs(
+    stages: Any, message: str, images: Tensor, labels: Tensor
+) -> None:
+    class Unasked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("the model was asked")
+
+    with pytest.raises(UsageError, match=message):
+        stages_of("standard", stages)
+    with pytest.raises(UsageError, match=message):
+        attacks.autoattack(Unasked(), images, labels, THREAT, stages=stages)
+
+
+def test_a_spec_names_stages(tiny_model: ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
+    threat = ThreatModel("linf", 0.5 / 255)
+    spec, alone = f"autoattack,stages={PAIR}", ("apgd-ce", "apgd-dlr")
+    evaluation = evaluate(tiny_model, images, labels, threat, attacks=[*alone, spec], seed=3)
+    ce, dlr, both = evaluation.rows
+    assert both.attack == spec and both.correct.tolist() == (ce.correct & dlr.correct).tolist()
+    assert 0 < both.accuracy < evaluation.clean.accuracy
