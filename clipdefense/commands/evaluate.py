@@ -44,6 +44,7 @@ Attacks = Annotated[
     list[str] | None,
     typer.Option("--attack", "-a", help="E.g. pgd,steps=100,objective=margin; pgd,steps=10 and apgd-ce otherwise."),
 ]
+Also = Annotated[list[str] | None, typer.Option("--also", help="An attack besides the protocol's. Repeatable.")]
 Cumulative = Annotated[
     bool | None,
     typer.Option("--cumulative/--separate", help="Each attack only on what those before it left standing."),
@@ -69,6 +70,12 @@ Audited = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", dir_okay=False, help="Write the result of one combination as JSON here.")
 ]
+FailUnder = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=100, help="Percent: exit code 1 where less stays right in the worst case, or where it is withheld."
+    ),
+]
 Html = Annotated[Path | None, typer.Option("--html", dir_okay=False, help="Write one HTML page here.")]
 
 
@@ -86,6 +93,7 @@ def evaluate(
     eps: Radii = None,
     norm: RadiiNorm = None,
     attack: Attacks = None,
+    also: Also = None,
     cumulative: Cumulative = None,
     adaptive: AdaptiveSuite = None,
     n: Images = None,
@@ -97,6 +105,7 @@ def evaluate(
     batch_size: BatchSize = None,
     shard: Part = None,
     audit: Audited = False,
+    fail_under: FailUnder = None,
     device: Device = None,
     out: Out = None,
     html: Html = None,
@@ -105,8 +114,9 @@ def evaluate(
     """Clean and robust accuracy: models x defences x data sets x threat models, from flags, a TOML file or a protocol.
 
     A test-time defence is judged on transferred images and by an attacker who knows it. With --run every verdict is
-    kept, image by image, with summaries and a page; killed at any moment, the same command goes on. Shards may share
-    the folder (`clipdefense merge` joins them), and `accelerate launch` or `torchrun` gives each process one. Example:
+    kept, image by image, with summaries and a page; killed at any moment, the same command goes on, and so does
+    `clipdefense evaluate --run FOLDER` alone. Shards may share the folder (`clipdefense merge` joins them), and
+    `accelerate launch` or `torchrun` gives each process one. Example:
 
     clipdefense evaluate -m open_clip:ViT-B-32-quickgelu@openai -d torchvision:cifar10 --defense ttc --n 200
 
@@ -120,17 +130,43 @@ def evaluate(
         "defenses": _defenses(defense, option, view, eot),
         "threats": _threats(eps, norm),
         "attacks": attack,
+        "also": also,
     }
     settings = {"protocol": protocol, "root": root, "cumulative": cumulative, "adaptive": adaptive, "seed": seed}
     settings |= {"verdict_seeds": verdict_seeds, "save_adv": save_adv, "batch_size": batch_size}
-    config = _config(file, tables, **settings)
+    config = _config(file, run, tables, **settings)
     check_places(out, html)
     _check_outputs(config, run, out, {"--shard": shard, "--save-adv": save_adv})
-    if audit and shard is not None:
-        raise UsageError("--audit is for a run in one piece; merge the shards, then audit with --run MERGED --audit.")
+    for flag, asked in (("--audit", audit), ("--fail-under", fail_under is not None)):
+        if asked and shard is not None:
+            raise UsageError(f"{flag} is for a run in one piece; merge the shards, then --run MERGED {flag}.")
     with nullcontext(str(run)) if run is not None else tempfile.TemporaryDirectory() as place:
-        done = _run(config, Path(place), shard, device, audit, quiet)
+        try:
+            done = _run(config, Path(place), shard, device, audit, quiet)
+        except KeyboardInterrupt:
+            if run is not None:
+                typer.echo(f"every finished work unit is safe; clipdefense evaluate --run {run} goes on", err=True)
+            raise
         _tell(Path(place), run, done, out, html)
+        missed = [] if fail_under is None else _missed(Path(place), fail_under)
+    for text in missed:
+        typer.echo(text, err=True)
+    if missed:
+        raise typer.Exit(1)
+
+
+def _missed(folder: Path, percent: float) -> list[str]:
+    """Why each combination under the floor is there."""
+    from clipdefense.runs.results import read
+
+    found = []
+    for cell in read(folder).cells:
+        accuracy = cell.evaluation.worst_case().accuracy
+        if cell.withheld:
+            found.append(f"{cell.cell.name}: its robust accuracy is withheld: {cell.withheld}")
+        elif 100 * accuracy < percent:
+            found.append(f"{cell.cell.name}: {100 * accuracy:.1f} % stay right in the worst case, under {percent:g} %")
+    return found
 
 
 def _run(config: RunConfig, folder: Path, shard: str | None, device: str | None, audit: bool, quiet: bool) -> int:
@@ -148,12 +184,22 @@ def _run(config: RunConfig, folder: Path, shard: str | None, device: str | None,
     return done
 
 
-def _config(file: Path | None, tables: dict[str, Any], **settings: Any) -> RunConfig:
+def _config(file: Path | None, run: Path | None, tables: dict[str, Any], **settings: Any) -> RunConfig:
+    """What the file and the flags say; of a run that has begun, what it was asked for."""
     from clipdefense.runs.config import read_config
+    from clipdefense.runs.results import config_of
+    from clipdefense.runs.store import facts_of, reading, stores_in
 
-    if file is None and tables["models"] is None:
-        raise UsageError("Missing option '--model' / '-m', or a TOML file. `clipdefense evaluate --help` shows both.")
-    return read_config({} if file is None else file, **tables, **settings)
+    if file is not None or tables["models"] is not None:
+        return read_config({} if file is None else file, **tables, **settings)
+    begun = [] if run is None else stores_in(run)
+    if not begun:
+        raise UsageError(
+            "Missing option '--model' / '-m', or a TOML file, or --run with the folder of a run that has begun. "
+            "`clipdefense evaluate --help` shows them."
+        )
+    with reading(begun[0]) as connection:
+        return read_config(config_of(facts_of(connection)).model_dump(mode="json"), **tables, **settings)
 
 
 def _check_outputs(config: RunConfig, run: Path | None, out: Path | None, kept: dict[str, Any]) -> None:
@@ -261,7 +307,7 @@ class shown:
         if self.quiet:
             return
         if new and self.lines:
-            typer.echo(progress.what, err=True)
+            typer.echo(f"[{progress.done}/{progress.total}] {progress.what}", err=True)
         elif new and ": about " in progress.what:
             self.bar.console.print(escape(progress.what))  # how long it will take stays to be read
         part = "" if status is None else f", {status.done} of {status.total} images"

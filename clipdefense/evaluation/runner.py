@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -125,6 +126,30 @@ def parse_attacks(attacks: Sequence[str | AttackSpec], threat: ThreatModel) -> l
     for spec in specs:
         spec.check(threat)
     return specs
+
+
+def rehearse(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, specs: Sequence[AttackSpec]) -> None:
+    """Start each attack on one image that may not be changed, so that options of the wrong kind show at once.
+
+    Args:
+        model: what is going to be attacked.
+        x: (1, C, H, W) in [0, 1]; y: (1,) its label.
+        threat: the budget.
+        specs: the attacks.
+
+    Raises:
+        UsageError: an attack that does not start; names it.
+    """
+    for spec in specs:
+        function, budget, options = spec.bind(threat)
+        if not options:
+            continue  # what the threat model has was checked when it was made
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng():
+                warnings.simplefilter("ignore")  # what is doubtful is told when it is attacked in earnest
+                function(model, x, y, replace(budget, eps=0.0, step_size=None), **options)
+        except (UsageError, TypeError, ValueError) as error:
+            raise UsageError(f"attack {str(spec)!r} cannot be run: {error}") from error
 
 
 def literal(text: str) -> Any:
@@ -253,6 +278,8 @@ class _Job:
             sample=self.x[:1],
         )
         plan.check()
+        own = [spec for spec in plan.specs if suite is None or spec.option("objective") != "drift"]
+        rehearse(self.model, self.x[:1], self.y[:1], self.threat, own)
         return plan
 
     def run(self, plan: Plan, cumulative: bool, title: str, progress: Callable[[str], None] | None) -> Evaluation:

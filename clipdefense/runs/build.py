@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
@@ -49,6 +51,17 @@ class Subject:
         return is_randomized(self.model, self.defense)
 
 
+@contextmanager
+def _key(table: str, index: int, of: int) -> Iterator[None]:
+    """What is wrong inside is said with its key, where there are several."""
+    try:
+        yield
+    except UsageError as error:
+        if of == 1:
+            raise
+        raise UsageError(f"{table}[{index}]: {error}") from error
+
+
 def choose_device(name: str | None, local_rank: int = 0, argument: str = "device") -> str:
     """The device as named; where not named, the process's own GPU, or the CPU where there is none.
 
@@ -79,10 +92,12 @@ class Builder:
                 not have.
         """
         self.config, self.device = config, device
-        for model in config.models:
-            split_spec("models", model.spec)
-        for defense in config.defenses:
-            _defense_class(defense)
+        for index, model in enumerate(config.models):
+            with _key("models", index, len(config.models)):
+                split_spec("models", model.spec)
+        for index, defense in enumerate(config.defenses):
+            with _key("defenses", index, len(config.defenses)):
+                _defense_class(defense)
         self.protocol = None if config.protocol is None else get_protocol(config.protocol)
         self.datasets = self._datasets()
         self.shapes = {label: _shape(dataset) for label, dataset in self.datasets.items()}
@@ -122,7 +137,8 @@ class Builder:
             self._model = self._subject = None  # the old one's memory goes before the new one's is taken
             images = self.datasets[cell.dataset.label]
             options = {**self._prompts(cell.model, images), **cell.model.options}
-            model = load_model(cell.model.spec, classes=images.classes, device=self.device, **options)
+            with _key("models", self.config.models.index(cell.model), len(self.config.models)):
+                model = load_model(cell.model.spec, classes=images.classes, device=self.device, **options)
             self._model, self._hashes = (key, model), {}
         return self._model[1]
 
@@ -136,7 +152,8 @@ class Builder:
         """What the cell judges."""
         if self._subject is None or self._subject[0] != cell.number:
             model = self.model(cell)
-            defense = _construct(cell.defense, model)
+            with _key("defenses", self.config.defenses.index(cell.defense), len(self.config.defenses)):
+                defense = _construct(cell.defense, model)
             threat = cell.threat.threat
             check_roles(model, threat, defense, cell.defense.views, cell.defense.eot)
             randomized = is_randomized(model, defense)
@@ -153,8 +170,12 @@ class Builder:
 
     def _facts(self, cell: Cell, model: nn.Module, defense: TestTimeDefense | None, attacks: list[AttackSpec]) -> Facts:
         views = select(views_of(model, defense), cell.defense.views)
+        prompts = {**self._prompts(cell.model, self.datasets[cell.dataset.label]), **cell.model.options}
+        templates = prompts.get("templates")  # None: what the weights bring, or the loader's own
         facts = fingerprint(
             model,
+            templates=templates,
+            templates_sha256=None if templates is None else hashlib.sha256("\n".join(templates).encode()).hexdigest(),
             defense=None if defense is None else constructed(defense),
             views={view.name: cell.defense.eot or view.eot for view in views},
             attacker_knows=bool(views) or (defense is None and not has_views(model)),
@@ -229,7 +250,7 @@ def difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any] |
             if found is not None:
                 return found
         return None
-    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        pairs = (difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(ours, theirs)))
+    if isinstance(ours, list) and isinstance(theirs, list):
+        pairs = (difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip_longest(ours, theirs)))
         return next((found for found in pairs if found is not None), None)
     return None if ours == theirs else (path, ours, theirs)

@@ -119,13 +119,16 @@ class DefenseTable(_Named):
         return self
 
 
-def _check_attacks(attacks: list[str] | None, threat: ThreatModel) -> None:
-    if attacks is None:
-        return
-    names = [str(spec) for spec in parse_attacks(attacks, threat)]
+def _check_attacks(attacks: list[str], threat: ThreatModel, key: str) -> None:
+    names = []
+    for index, attack in enumerate(attacks):
+        try:
+            names += [str(spec) for spec in parse_attacks([attack], threat)]
+        except UsageError as error:
+            raise UsageError(f"{key}[{index}]: {error}") from error
     for name, count in Counter(names).items():
         if count > 1:
-            raise UsageError(f"attacks has {name!r} {count} times; once is enough, a seed makes it repeat itself.")
+            raise UsageError(f"{key} has {name!r} {count} times; once is enough, a seed makes it repeat itself.")
 
 
 class ThreatTable(_Table):
@@ -154,7 +157,7 @@ class ThreatTable(_Table):
 
     @model_validator(mode="after")
     def _is_a_threat(self) -> ThreatTable:
-        _check_attacks(self.attacks, self.threat)
+        _check_attacks(self.attacks or [], self.threat, "attacks")
         return self
 
 
@@ -216,8 +219,8 @@ class RunConfig(_Table):
                 if count > 1:
                     raise UsageError(f"{table} has {label!r} {count} times; give each a name= of its own.")
         for row in self.threats:
-            _check_attacks(self.attacks, row.threat)
-            _check_attacks(self.also or None, row.threat)
+            _check_attacks(self.attacks, row.threat, "attacks")
+            _check_attacks(self.also, row.threat, "also")
         if self.protocol is None and (self.also or self.root is not None):
             raise UsageError(
                 "also and root are for a protocol; without one, attacks and each data set's spec say it all."
@@ -251,8 +254,9 @@ def _fixed(protocol: Protocol, content: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in said.items():
         if key in content and content[key] != value:
             raise UsageError(
-                f"key {key!r} is {content[key]!r}, but protocol {protocol.name!r} says {value!r}; leave it out, or "
-                "leave the protocol out and say everything."
+                f"key {key!r} is {content[key]!r}, but protocol {protocol.name!r} says {value!r}; leave it out"
+                f"{' (also = [...] adds attacks)' if key == 'attacks' else ''}, or leave the protocol out and say "
+                "everything."
             )
     said["datasets"] = content.get("datasets") or list(protocol.datasets)
     for row in said["datasets"]:
@@ -329,5 +333,9 @@ def _in_words(where: str, error: ValidationError) -> UsageError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UsageError):
         return UsageError(f"{where}: {key + ': ' if key else ''}{cause}")
-    wanted = first["msg"].replace("Input should be", "expected is")
-    return UsageError(f"{where}: key {key!r} is {first['input']!r}; {wanted[0].lower()}{wanted[1:]}.")
+    got, wanted = repr(first["input"]), first["msg"].removeprefix("Input should be ")
+    wanted = f"a number {wanted}" if first["type"].startswith(("greater_than", "less_than")) else wanted
+    wanted = f"{wanted[0].lower()}{wanted[1:]}" + (" is expected" if wanted != first["msg"] else "")
+    if first["type"] == "list_type" and isinstance(first["input"], Mapping):
+        wanted = f"a list of tables is expected: write [[{key}]] in the place of [{key}]"
+    return UsageError(f"{where}: key {key!r} is {got if len(got) <= 120 else got[:117] + '...'}; {wanted}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import clipdefense.runs.exhibits as exhibits
 from clipdefense.attacks.options import Status
 from clipdefense.errors import UsageError
 from clipdefense.evaluation.fingerprint import machine
+from clipdefense.evaluation.runner import rehearse
 from clipdefense.runs.bank import Broken, bank_file, write_bank
 from clipdefense.runs.build import Builder, Subject, choose_device
 from clipdefense.runs.config import RunConfig
@@ -75,6 +76,7 @@ def run(
     folder = Path(folder)
     with Store(folder, part, builder.facts(), machine()) as store:
         before = store.done()
+        _check(builder, store, owned, before)
         pending = [job for job in owned if (job.cell.number, job.unit) not in before]
         loop = _Loop(config, builder, store, len(owned), progress or (lambda _: None))
         loop.all(pending)
@@ -82,6 +84,52 @@ def run(
         with writing(folder):
             write_summary(folder)
     return len(pending)
+
+
+def _check(builder: Builder, store: Store, owned: list[Job], before: Mapping[tuple[int, int], str]) -> None:
+    """What is still to be done can be done, and what was done was done with these weights, defences and pixels.
+
+    Each model, defence and threat model once, on the data set with the fewest classes; of each data set one work unit.
+
+    Raises:
+        UsageError: a file that is missing, an option or a view that there is not, or another model, defence or image
+            than those of the finished work units.
+    """
+    begun = {cell for cell, _ in before}
+    chosen: dict[tuple[str, str, str], Cell] = {}
+    for cell in {job.cell.number: job.cell for job in owned}.values():
+        key = (cell.model.label, cell.defense.label, cell.threat.label)
+        if key not in chosen or _cost(builder, cell, begun) < _cost(builder, chosen[key], begun):
+            chosen[key] = cell
+    for cell in sorted(chosen.values(), key=lambda cell: cell.number):
+        subject = builder.subject(cell)
+        image = torch.zeros(1, *builder.shapes[cell.dataset.label], device=builder.device)
+        rehearse(subject.model, image, image.new_zeros(1, dtype=torch.int64), subject.threat, subject.attacks)
+        if cell.number in begun:
+            store.enter(cell, subject.facts)
+    looked_at: set[str] = set()
+    with Decoder() as decoder:
+        for job in owned:
+            label, pixels = job.cell.dataset.label, before.get((job.cell.number, job.unit))
+            if pixels is None or label in looked_at:
+                continue
+            looked_at.add(label)
+            if _begun(builder, decoder, job).result().sha256 != pixels:
+                raise UsageError(
+                    f"data set {label!r} has other pixels in images {job.start} to {job.stop - 1} than when the run in "
+                    f"{str(store.folder)!r} judged them; bring the images back, or give this run another folder."
+                )
+
+
+def _cost(builder: Builder, cell: Cell, begun: set[int]) -> tuple[bool, int]:
+    """What to look at first: a cell with verdicts, then one that is quick to load."""
+    return cell.number not in begun, len(builder.datasets[cell.dataset.label].classes)
+
+
+def _begun(builder: Builder, decoder: Decoder, job: Job) -> Future[Batch]:
+    """A work unit's images, on their way."""
+    label = job.cell.dataset.label
+    return decoder.begin(builder.datasets[label], range(job.start, job.stop), builder.shapes[label])
 
 
 def first_images(builder: Builder, cell: Cell, n: int = 64) -> tuple[Tensor, Tensor]:
@@ -105,14 +153,10 @@ class _Loop:
         with Decoder(pinned=self.builder.device.startswith("cuda")) as decoder:
             coming: Future[Batch] | None = None
             for index, job in enumerate(pending):
-                batch = (coming or self._begun(decoder, job)).result()
+                batch = (coming or _begun(self.builder, decoder, job)).result()
                 after = pending[index + 1 : index + 2]
-                coming = self._begun(decoder, after[0]) if after else None
+                coming = _begun(self.builder, decoder, after[0]) if after else None
                 self._one(job, batch, self.total - len(pending) + index)
-
-    def _begun(self, decoder: Decoder, job: Job) -> Future[Batch]:
-        label = job.cell.dataset.label
-        return decoder.begin(self.builder.datasets[label], range(job.start, job.stop), self.builder.shapes[label])
 
     def _one(self, job: Job, batch: Batch, done: int) -> None:
         subject = self.builder.subject(job.cell)

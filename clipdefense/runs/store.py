@@ -137,9 +137,11 @@ class Store:
             if not run("SELECT 1 FROM sqlite_master").fetchone():
                 for statement in filter(str.strip, SCHEMA.split(";")):
                     run(statement)
+            if not run("SELECT 1 FROM units").fetchone():  # nothing is kept yet, so nothing has to fit
+                run("DELETE FROM cells")
                 meta = {"format": FORMAT, "shard": str(shard), "fingerprint": facts}
                 for key, value in meta.items():
-                    run("INSERT INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+                    run("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
             check_same(_meta(self._connection, self.path)["fingerprint"], facts, f"the run in {str(self.folder)!r}")
             who = (datetime.now(UTC).isoformat(timespec="seconds"), os.getpid(), socket.gethostname())
             run("INSERT INTO sessions VALUES (?, ?, ?, ?)", (*who, json.dumps(machine)))
@@ -166,9 +168,10 @@ class Store:
             if connection is not None:
                 connection.close()
 
-    def done(self) -> set[tuple[int, int]]:
-        """(cell, unit) of every finished work unit."""
-        return set(self._connection.execute("SELECT cell, unit FROM units"))
+    def done(self) -> dict[tuple[int, int], str]:
+        """(cell, unit) of every finished work unit, with the hash of its pixels."""
+        rows = self._connection.execute("SELECT cell, unit, pixels_sha256 FROM units")
+        return {(cell, unit): pixels for cell, unit, pixels in rows}
 
     def enter(self, cell: Cell, facts: Facts) -> None:
         """Begin or go on with a cell.
@@ -212,7 +215,7 @@ def check_same(stored: Any, ours: Any, what: str) -> None:
     if found is not None:
         path, here, there = found
         raise UsageError(
-            f"{path} is {_short(here)}, but {what} was made with {_short(there)}; their verdicts do not belong "
+            f"{path} is {_short(here)}, but {what} was made with {_short(there)}; what they hold does not belong "
             "together: make it the same, or keep the two apart."
         )
 

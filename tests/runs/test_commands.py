@@ -11,6 +11,7 @@ import pytest
 
 from clipdefense.cli import main
 from clipdefense.runs.bank import bank_file
+from clipdefense.runs.store import Store
 
 Outcome = tuple[int, str, str]
 
@@ -121,3 +122,48 @@ def test_a_mistake_is_one_line(
     code, out, err = clipdefense(*arguments)
     assert (code, out) == (2, "") and err.startswith(message) and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_begun_run_goes_on_by_its_folder_alone(
+    clipdefense: Callable[..., Outcome], specs: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_text(
+        f'models = [{{spec = "{specs[0]}", name = "tiny"}}]\ndatasets = ["{specs[1]}"]\nattacks = ["pgd"]\nunit = 16\n'
+        'save_adv = true\n[[threats]]\neps = "4/255"\nsteps = 3\n'
+    )
+    real, units = Store.commit, [0]
+
+    def once(*arguments: object) -> None:
+        units[0] += 1
+        if units[0] == 2:
+            raise KeyboardInterrupt
+        real(*arguments)  # type: ignore[arg-type]
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "commit", once)
+        code, _, err = clipdefense("evaluate", toml, "--device", "cpu", "--run", folder)
+    assert code == 130 and f"every finished work unit is safe; clipdefense evaluate --run {folder} goes on" in err
+    assert "[0/3] " in err and "[1/3] " in err
+    code, out, err = clipdefense("evaluate", "--device", "cpu", "--run", folder)
+    assert code == 0 and "2 work units now" in out and "[3/3] " in err
+    assert clipdefense("verify", folder, "--device", "cpu", "--quiet")[0] == 0
+    code, out, err = clipdefense("evaluate", "--device", "cpu", "--run", folder, "--quiet", "--seed", 3)
+    assert code == 2 and err.startswith("error: seed is 3, but the run in")
+
+
+def test_a_build_can_fail_on_the_worst_case(
+    clipdefense: Callable[..., Outcome], specs: tuple[str, str], tmp_path: Path
+) -> None:
+    flags = ("evaluate", "-m", specs[0], "-d", specs[1], "-a", "pgd,steps=1", "--eps", "0.1/255", "--device", "cpu")
+    floor = ("--quiet", "--run", tmp_path / "run", "--fail-under")
+    code, out, err = clipdefense(*flags, *floor, 0)
+    assert (code, err) == (0, "") and "pgd" in out
+    accuracy = json.loads((tmp_path / "run" / "summary.json").read_text())["results"][0]["rows"][-1]["accuracy"]
+    assert 0.5 < accuracy < 1
+    assert clipdefense(*flags, *floor, 100 * accuracy - 1)[0] == 0
+    code, _, err = clipdefense(*flags, *floor, 95)
+    assert code == 1 and f"{100 * accuracy:.1f} % stay right in the worst case, under 95 %" in err
+    code, _, err = clipdefense(*flags, *floor, 95, "--shard", "0/2")
+    assert code == 2 and "--fail-under is for a run in one piece" in err

@@ -58,6 +58,8 @@ def test_a_protocol_says_everything(specs: tuple[str, str], root: Path, tmp_path
     builder = Builder(config, "cpu")
     (cell,) = cells(config)
     images, subject = builder.datasets["eurosat"], builder.subject(cell)
+    assert subject.facts["templates"] == list(protocol.templates(images))
+    assert len(subject.facts["templates_sha256"]) == 64
     assert builder.shapes["eurosat"] == (3, 224, 224) and len(images) == 6
     assert images.meta["protocol_sha256"] == protocol.hash
     # the prompts are the protocol's: the same text tower with these, and not with its own default

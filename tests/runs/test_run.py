@@ -14,7 +14,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -162,69 +161,6 @@ def test_a_run_goes_on_where_it_stopped(
     assert rows(folder) == rows(tmp_path / "whole")
     assert run(config, folder, device="cpu") == 0
     assert len(ask(folder, "SELECT * FROM sessions")) == 3
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"threats": [{"eps": "5/255", "steps": 3}]}, r"threats\[0\].eps is 0.0196"),
-        ({"attacks": ["pgd,steps=9"]}, r"attacks\[0\] is 'pgd,steps=9'"),
-        ({"seed": 1}, "seed is 1"),
-        ({"unit": 8}, "unit is 8"),
-        ({"save_adv": True}, "save_adv is True"),
-    ],
-)
-def test_another_run_in_the_folder_is_refused_by_field(
-    make_config: MakeConfig, folder: Path, change: dict[str, Any], field: str
-) -> None:
-    run(make_config(), folder, device="cpu")
-    before = rows(folder)
-    with pytest.raises(UsageError, match=f"^{field}.*but the run in .* was made with"):
-        run(make_config(**change), folder, device="cpu")
-    assert rows(folder) == before
-    assert run(make_config(batch_size=4), folder, device="cpu") == 0  # a matter of the machine, recorded by row
-
-
-def test_work_units_that_number_their_attacks_otherwise_are_refused(make_config: MakeConfig, folder: Path) -> None:
-    config = make_config(attacks=["pgd", "apgd-ce,steps=2"])
-    run(config, folder, device="cpu")
-    with closing(sqlite3.connect(stores_in(folder)[0])) as connection:
-        connection.execute("DELETE FROM units WHERE unit = 1")
-        connection.execute("DELETE FROM verdicts WHERE unit = 1")
-        connection.execute("UPDATE attacks SET number = 1 - number + 2")
-        connection.execute("UPDATE attacks SET number = number - 2")
-        connection.commit()
-    with pytest.raises(UsageError, match=r"attacks\[0\].*'pgd'.*was made with .*'apgd-ce,steps=2'"):
-        run(config, folder, device="cpu")
-    assert ask(folder, "SELECT count(*) FROM units") == [(2,)]
-
-
-def test_other_weights_and_other_images_are_refused(
-    make_config: MakeConfig, folder: Path, specs: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, y = np.load(specs[1].removeprefix("arrays:"))["x"], np.load(specs[1].removeprefix("arrays:"))["y"]
-    data = tmp_path / "images.npz"
-    np.savez(data, x=x, y=y)
-    config = make_config(datasets=[{"spec": f"arrays:{data}", "name": "images"}])
-    run(config, folder, shard=Shard(0, 2), device="cpu")
-    with closing(sqlite3.connect(stores_in(folder)[0])) as connection:
-        connection.execute("DELETE FROM units WHERE unit = 0")
-        connection.execute("DELETE FROM verdicts WHERE unit = 0")
-        connection.commit()
-    real = Builder.model
-
-    def other(self: Builder, cell: Any) -> Any:
-        model = real(self, cell)
-        with torch.no_grad():
-            next(model.parameters()).add_(1e-3)
-        return model
-
-    with monkeypatch.context() as patch, pytest.raises(UsageError, match=r"^weights_sha256 is"):
-        patch.setattr(Builder, "model", other)
-        run(config, folder, shard=Shard(0, 2), device="cpu")
-    np.savez(data, x=x, y=(y + 1) % 3)
-    with pytest.raises(UsageError, match=r"^contents.images.labels_sha256 is"):
-        run(config, folder, shard=Shard(0, 2), device="cpu")
 
 
 def test_one_process_at_a_time_and_one_division(make_config: MakeConfig, folder: Path) -> None:
