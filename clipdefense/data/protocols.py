@@ -19,7 +19,7 @@ import torch
 from clipdefense.data.dataset import ImageDataset
 from clipdefense.data.files import find_file
 from clipdefense.data.resizing import Resize
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_known, unknown_name
 from clipdefense.plugins import load_dataset
 from clipdefense.threat import ThreatModel, parse_eps
 
@@ -105,6 +105,7 @@ class Protocol:
         page: where the data can be got.
         rules: one a data set.
         headline: the data sets over which the published mean runs.
+        means: other means that were published under it, each a name and its data sets.
         threats: norm and eps of each row; steps are part of the attacks.
         attacks: as ``clipdefense evaluate --attack`` takes them.
         randomized_attacks: instead of ``attacks`` for a randomised model or defence; empty where the publication makes
@@ -124,6 +125,7 @@ class Protocol:
     threats: tuple[ThreatModel, ...]
     attacks: tuple[str, ...]
     headline: tuple[str, ...] = ()
+    means: tuple[tuple[str, tuple[str, ...]], ...] = ()
     folders: tuple[str, ...] = ()
     page: str = ""
     randomized_attacks: tuple[str, ...] = ()
@@ -140,9 +142,9 @@ class Protocol:
             raise UsageError(f"protocol {self.name!r} lacks data sets, threats or attacks; at least one of each.")
         if len(set(known)) < len(known):
             raise UsageError(f"protocol {self.name!r} names a data set twice: {', '.join(known)}.")
-        for name in self.headline:
-            if name not in known:
-                raise unknown_name(f"headline data set of protocol {self.name!r}", name, known)
+        check_known(f"protocol {self.name!r}: headline data set", self.headline, known)
+        for mean, datasets in self.means:
+            check_known(f"protocol {self.name!r}: data set of the mean {mean!r}", datasets, known)
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -163,7 +165,7 @@ class Protocol:
         for rule in self.rules:
             if rule.name == dataset:
                 return rule
-        raise unknown_name(f"data set of protocol {self.name!r}", dataset, self.datasets)
+        raise unknown_name(f"protocol {self.name!r}: data set", dataset, self.datasets)
 
     def attacks_on(self, dataset: str, *, randomized: bool = False) -> tuple[str, ...]:
         """The attacks for one data set, on a randomised model or defence or on another."""
@@ -238,7 +240,8 @@ class Protocol:
                 tried.append(str(relative))
         raise UsageError(
             f"data set {name!r} is not there: looked for {', '.join(tried)}, from the working folder and from "
-            f"CLIPDEFENSE_DATA. Get it from {self.page}, and name the folder that holds it with root=."
+            f"CLIPDEFENSE_DATA. Get it from {self.page}, and name the folder that holds it with root= (on the command "
+            "line --root)."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -268,6 +271,7 @@ class Protocol:
             given["subset"] = _made(Subset, given["subset"], f"subset of protocol {name!r}")
         for key in ("attacks", "randomized_attacks", "headline", "folders", "notes"):
             given[key] = tuple(given.get(key, ()))
+        given["means"] = tuple((mean, tuple(sets)) for mean, sets in dict(given.get("means", ())).items())
         protocol: Protocol = _made(cls, given, f"protocol {name!r}")
         return protocol
 
@@ -276,7 +280,7 @@ def _made(cls: type[Any], given: Mapping[str, Any], what: str) -> Any:
     known = [each.name for each in fields(cls)]
     for key in given:
         if key not in known:
-            raise unknown_name(f"key of {what}", key, known)
+            raise unknown_name(f"{what}: key", key, known)
     try:
         return cls(**given)
     except TypeError as error:

@@ -13,10 +13,13 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+import clipdefense as cd
+from clipdefense import ZeroShotClassifier, attacks, evaluate
+from clipdefense.attacks.autoattack import autoattack, stages_of
 from clipdefense.data import DatasetRule, Protocol, Resize, Subset, from_arrays, get_protocol, list_protocols
 from clipdefense.data.protocols import sha256_of
 from clipdefense.errors import UsageError
-from clipdefense.evaluation.runner import parse_attacks
+from clipdefense.evaluation.runner import AttackSpec, parse_attacks
 from clipdefense.threat import ThreatModel, format_eps
 
 PRESETS = ("clipdefense-1", "robustvlm-1k", "tecoa-native", "tga-224", "ttc-224")
@@ -68,6 +71,7 @@ def test_hashes_differ_and_follow_what_numbers_depend_on_alone() -> None:
         {"subset": Subset(10)},
         {"cumulative": True},
         {"headline": protocol.headline[1:]},
+        {"means": (("other", protocol.headline[1:]),)},
     ]
     assert protocol.hash not in [replace(protocol, **change).hash for change in changes]  # type: ignore[arg-type]
     assert replace(protocol, title="other", notes=(), source="elsewhere").hash == protocol.hash
@@ -89,11 +93,16 @@ def test_attacks_radii_sets_and_splits_are_the_published_ones() -> None:
     tecoa, tga, ttc, vlm, own = (
         get_protocol(name) for name in ("tecoa-native", "tga-224", "ttc-224", "robustvlm-1k", "clipdefense-1")
     )
-    assert [[round(t.eps * 255) for t in p.threats] for p in (tecoa, tga, ttc, vlm)] == [[1], [1, 2, 4], [1, 4], [2, 4]]
+    assert [[round(t.eps * 255) for t in p.threats] for p in (tecoa, tga, ttc, vlm)] == [
+        [1],
+        [1, 2, 4],
+        [1, 4],
+        [1, 2, 4],
+    ]
     assert tga.attacks[0].startswith("pgd,steps=100,step_size=1/255")
     assert ttc.attacks[0].startswith("pgd,steps=10,step_size=1/255")
-    assert vlm.attacks == ("apgd-ce,restarts=5", "apgd-t,targets=9") and vlm.cumulative
-    assert vlm.attacks_on("pcam") == ("apgd-ce,restarts=5",) and vlm.subset == Subset(1000, "uniform", 0)
+    assert vlm.attacks == ("apgd-ce", "apgd-t,targets=9") and vlm.cumulative
+    assert vlm.attacks_on("pcam") == ("apgd-ce",) and vlm.subset == Subset(1000, "uniform", 0)
     assert "tiny-imagenet" not in ttc.headline and len(ttc.headline) == 16 and "country211" in ttc.headline
     assert "country211" not in tga.datasets and len(tga.headline) == 16 and len(vlm.headline) == 13
     for name in ("caltech101", "caltech256", "sun397", "eurosat"):
@@ -101,6 +110,54 @@ def test_attacks_radii_sets_and_splits_are_the_published_ones() -> None:
     assert {p.rule("imagenet").split for p in (tecoa, tga, ttc, own)} == {"val"}
     assert own.cumulative and own.adaptive and "autoattack" in own.attacks
     assert "autoattack,version=rand" in own.attacks_on("cifar10", randomized=True)
+
+
+def test_autoattack_is_the_published_pair_of_attacks() -> None:
+    """One row, of what APGD-CE and APGD-DLR both leave standing, and none besides that no publication has."""
+    pair = [("apgd-ce", {"steps": 100}), ("apgd-dlr", {"steps": 100})]
+    for name in ("tecoa-native", "tga-224", "ttc-224"):
+        protocol = get_protocol(name)
+        for dataset in protocol.datasets:
+            alone = dataset == "pcam" and name != "tecoa-native"  # published there with APGD-CE alone
+            for randomized in (False, True):
+                *pgd, last = protocol.attacks_on(dataset, randomized=randomized)
+                function, _, options = AttackSpec.parse(last).bind(protocol.threats[0])
+                assert [AttackSpec.parse(attack).name for attack in pgd] == ["pgd", "pgd"]
+                if alone:
+                    assert last == "apgd-ce"
+                    continue
+                assert function is autoattack
+                stages = [(stage, settings) for stage, _, settings in stages_of(**options)]
+                drawn = {"eot": 20, "early_stop": False} if randomized else {}
+                assert stages == [(stage, settings | drawn) for stage, settings in pair]
+
+
+def test_pmg_afts_mean_has_its_own_data_sets() -> None:
+    tecoa = get_protocol("tecoa-native")
+    ((name, datasets),) = tecoa.means
+    assert name == "PMG-AFT" and len(datasets) == len(tecoa.headline) == 16
+    assert set(datasets) ^ set(tecoa.headline) == {"tiny-imagenet", "country211"} and "country211" in tecoa.headline
+    assert set(datasets) == set(get_protocol("tga-224").headline)
+    said = " ".join(tecoa.notes)
+    assert "PMG-AFT's AutoAttack is the standard version" in said
+    assert "PMG-AFT's prompt for Caltech-101 is another, A photo of a {}." in said
+
+
+def test_the_pair_on_the_undefended_model_is_the_same_attack_whether_a_defence_draws_or_not(
+    tiny_model: ZeroShotClassifier, images: torch.Tensor, labels: torch.Tensor
+) -> None:
+    """So that a published transfer number of a defence that draws is made as published."""
+    threat, protocol = ThreatModel("linf", 1 / 255), get_protocol("ttc-224")
+    defense = cd.get_defense("random-noise")(tiny_model, eps=0.0)
+    plain, drawn = (protocol.attacks_on("cifar10", randomized=randomized)[-1] for randomized in (False, True))
+    kept = evaluate(tiny_model, images, labels, threat, attacks=[drawn], defense=defense, eot=1, keep_adversarial=True)
+    made = next(row.adversarial for row in kept.rows if row.kind == "transfer")
+    alone = attacks.autoattack(
+        tiny_model, images, labels, threat, **dict(AttackSpec.parse(plain).options), early_stop=False
+    )
+    assert made is not None and torch.equal(made, images + (alone - images))
+    with pytest.raises(UsageError, match="write autoattack,version=rand"):
+        evaluate(tiny_model, images, labels, threat, attacks=[plain], defense=defense)
 
 
 def test_prompts() -> None:
@@ -111,8 +168,10 @@ def test_prompts() -> None:
     assert len(ensemble) == 80 and "itap of a {}." in ensemble
     with pytest.raises(UsageError, match="prompts of 'pets' lie with its images"):
         get_protocol("robustvlm-1k").templates("pets")
-    with pytest.raises(UsageError, match="data set of protocol 'ttc-224' 'cifar' is unknown"):
-        get_protocol("ttc-224").templates("cifar")
+    with pytest.raises(
+        UsageError, match=r"^protocol 'ttc-224': data set 'cifar-10' is unknown; did you mean 'cifar10'"
+    ):
+        get_protocol("ttc-224").templates("cifar-10")
 
 
 def test_prompts_from_elsewhere_must_be_the_ones_that_were_meant() -> None:
@@ -125,14 +184,18 @@ def test_prompts_from_elsewhere_must_be_the_ones_that_were_meant() -> None:
 
 def test_mistakes_in_a_protocol_are_named() -> None:
     content = a_protocol().to_dict()
-    with pytest.raises(UsageError, match="key of protocol 'mine' 'atacks' is unknown; did you mean 'attacks'"):
+    with pytest.raises(UsageError, match=r"^protocol 'mine': key 'atacks' is unknown; did you mean 'attacks'"):
         Protocol.from_dict(content | {"atacks": []})
     with pytest.raises(UsageError, match="protocol 'mine' is not complete"):
         Protocol.from_dict({key: value for key, value in content.items() if key != "reader"})
     with pytest.raises(UsageError, match="lacks data sets, threats or attacks"):
         a_protocol(attacks=())
-    with pytest.raises(UsageError, match="headline data set of protocol 'mine' 'photo' is unknown"):
+    with pytest.raises(
+        UsageError, match=r"^protocol 'mine': headline data set 'photo' is unknown; did you mean 'photos'"
+    ):
         a_protocol(headline=("photo",))
+    with pytest.raises(UsageError, match=r"^protocol 'mine': data set of the mean 'other' 'photo' is unknown; did you"):
+        a_protocol(means=(("other", ("photo",)),))
     with pytest.raises(UsageError, match=r"text with \{\} is expected"):
         DatasetRule("photos", templates=("a photo",))
     with pytest.raises(UsageError, match="a crop is at most the side"):
