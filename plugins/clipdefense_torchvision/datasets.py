@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shlex
 from pathlib import Path
 
 from clipdefense.data import ImageDataset, cache_folder
@@ -88,11 +90,21 @@ def _find(row: Row, name: str, root: Path, split: str) -> Path:
     if usual.exists() or others:
         return usual if usual.exists() else others[0]
     also = "".join(f", nor {root / other / split}" for other in row.also)
-    fetch = f", or fetch it once with load_dataset('torchvision:{name}', download=True)" if row.fetches else ""
+    fetch = f", or fetch it once from the shell: {_command(row, name, root, split)}" if row.fetches else ""
     raise UsageError(
         f"{name} is not there: {usual} does not exist{also}. Unpack it from {row.page} into {root}, "
         f"name the folder that holds {row.folder} with root= or {ROOT_VARIABLE}{fetch}."
     )
+
+
+def _command(row: Row, name: str, root: Path, split: str) -> str:
+    """One line for the shell that downloads a data set to where it was looked for."""
+    options = {} if root == default_root() else {"root": str(root.absolute())}
+    options |= {} if split == row.splits[0] else {"split": split}
+    # JSON's quotes are double ones, which leaves single ones to the shell
+    given = "".join(f"{key}={json.dumps(value, ensure_ascii=False)}, " for key, value in options.items())
+    code = f'import clipdefense; clipdefense.load_dataset("torchvision:{name}", {given}download=True)'
+    return f"python -c {shlex.quote(code)}"
 
 
 def _read(row: Row, name: str, root: Path, folder: Path, split: str, download: bool) -> Content:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,26 @@ def test_what_is_not_there_says_where_it_was_looked_for(tmp_path: Path, monkeypa
         load("cifar100", root=tmp_path)
     with pytest.raises(UsageError, match="'cifar11' is unknown; did you mean 'cifar10'"):
         load_dataset("torchvision:cifar11")
+
+
+def test_what_is_not_there_says_how_to_fetch_it_from_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the message says is run as it stands; the address fails, which shows that it was asked to download."""
+    place = tmp_path / "it's here"
+    monkeypatch.setenv("CLIPDEFENSE_DATASETS", str(tmp_path / "elsewhere"))
+    with pytest.raises(UsageError) as told:
+        load("cifar10")
+    said = re.search(r"from the shell: (python -c '.*')\.$", str(told.value))
+    expected = """import clipdefense; clipdefense.load_dataset("torchvision:cifar10", download=True)"""
+    assert said is not None and shlex.split(said[1]) == ["python", "-c", expected]
+    with pytest.raises(UsageError, match="from the shell") as told:
+        load("cifar10", root=place, split="train")
+    code = shlex.split(str(told.value).partition("from the shell: ")[2].removesuffix("."))[2]
+    monkeypatch.setattr(datasets.CIFAR10, "url", (tmp_path / "no.tar.gz").as_uri())
+    with pytest.raises(UsageError, match=f"could not be downloaded.*unpack it into {place}"):
+        exec(code, {})
+    with pytest.raises(UsageError) as told:
+        load("imagenet", root=tmp_path)  # nobody may fetch it
+    assert "from the shell" not in str(told.value)
 
 
 def test_a_damaged_file_is_told_from_an_absent_one(root: Path) -> None:
