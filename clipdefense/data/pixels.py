@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+# what these hold beyond 8 bits, Pillow opens as mode "I" (PNG in its older versions) and scales to 16 bits
+SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 
 
 def decode(encoded: bytes | Path) -> Image.Image:
@@ -26,12 +28,25 @@ def decode(encoded: bytes | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image of 8 or 16 bits a channel as 8-bit RGB."""
+    """Any Pillow image of 8 or 16 bits a channel as 8-bit RGB.
+
+    White is the largest value that the format can hold: 255, or 65,535 for grey of 16 bits (modes ``I;16...``, and
+    ``I`` from a PNG or PNM file). What of the 2^32 values of a 32-bit image is white, no file says, and looking at the
+    values would judge a dark image by another rule than its neighbours; such an image is refused, as one of floating
+    point is.
+
+    Raises:
+        ValueError: pixels of 32-bit integers or of floating point.
+    """
     if image.mode == "RGB":
         return image
-    if image.mode in SIXTEEN_BIT:
+    if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format in SIXTEEN_BIT_FORMATS):
         # Pillow clips 16-bit grey to 255 instead of scaling it
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "I":
+        raise ValueError(
+            "the pixels are 32-bit integers, and the file does not say which value is white; save it with 8 or 16 bits"
+        )
     elif image.mode == "F":
         raise ValueError("the pixels are floating point of unknown range")
     elif image.mode == "P":
