@@ -20,8 +20,11 @@ def merge(
 
     from clipdefense.runs.merge import merge as join
     from clipdefense.runs.page import write_page
-    from clipdefense.runs.show import tables
+    from clipdefense.runs.terminal import tables
 
     join(sources, out)
-    write_page(out)
-    tables(Console(), out)
+    page = write_page(out)
+    tables(Console(), out, page)
+    Console().print(
+        f"verdicts and summaries are in {out}, the page is {page}", soft_wrap=True, markup=False, highlight=False
+    )

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from clipdefense.evaluation.charts import Curve, draw_curves, png, svg
 from clipdefense.evaluation.results import Evaluation, Row
+from clipdefense.evaluation.statistics import Interval
+from clipdefense.evaluation.words import attack_in_words
 from clipdefense.files import write_text
 
 WITHHELD = "withheld: INVALID"
@@ -20,13 +22,22 @@ WITHHELD = "withheld: INVALID"
 
 def percent(row: Row) -> str:
     """``"43.3 [37.8, 49.0]"``: accuracy and 95 % Wilson interval."""
-    low, high = row.interval
-    return f"{100 * row.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return percent_of(row.accuracy, row.interval)
 
 
-def said(evaluation: Evaluation, row: Row) -> str:
-    """What stands in the accuracy column: the number with its interval, unless an audit withholds it."""
-    return percent(row) if kept(evaluation, row) else WITHHELD
+def percent_of(share: float, interval: Interval) -> str:
+    """The same of any proportion: ``"43.3 [37.8, 49.0]"``."""
+    return f"{100 * share:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def said(evaluation: Evaluation, row: Row, mark: str = "") -> str:
+    """What stands in the accuracy column: the number with its interval, unless an audit withholds it.
+
+    Args:
+        evaluation: what was judged; row: one of :func:`rows_of`.
+        mark: what has to stand beside its numbers, such as ``"(24 of 40)"`` images of an unfinished run.
+    """
+    return f"{percent(row) if kept(evaluation, row) else WITHHELD} {mark}".rstrip()
 
 
 def kept(evaluation: Evaluation, row: Row) -> bool:
@@ -64,20 +75,26 @@ def notes_of(evaluations: Sequence[Evaluation]) -> list[str]:
     return notes
 
 
-def table(evaluations: Sequence[Evaluation]) -> Table:
-    """All evaluations as one table: what, attack, what was attacked, n, accuracy with its interval."""
+def table(evaluations: Sequence[Evaluation], marks: Mapping[str, str] | None = None) -> Table:
+    """All evaluations as one table: what, attack, what was attacked, n, accuracy with its interval.
+
+    Args:
+        evaluations: one or more.
+        marks: what stands beside the numbers of an unfinished one, by its name.
+    """
     shown = Table(title=f"Accuracy in %, 95 % Wilson interval; {evaluations[0].threat}", title_justify="left")
     for column in ("judged", "attack", "what the attacker had"):
         shown.add_column(column, overflow="fold")
     for column in ("n", "accuracy"):
         shown.add_column(column, justify="right", no_wrap=True)
     for evaluation in evaluations:
+        mark = (marks or {}).get(evaluation.name, "")
         for index, (attack, row, bottom) in enumerate(rows_of(evaluation)):
             label = evaluation.name if index == 0 else ""
             seeds = len(row.correct)
             n = f"{evaluation.n}" + (f" x {seeds} seeds" if seeds > 1 else "")
-            cells = map(escape, (label, attack, attacker(evaluation, row, bottom), n, said(evaluation, row)))
-            shown.add_row(*cells, style="bold" if bottom else None)
+            names = (label, attack_in_words(attack), attacker(evaluation, row, bottom))
+            shown.add_row(*map(escape, (*names, n, said(evaluation, row, mark))), style="bold" if bottom else None)
         shown.add_section()
     if notes := notes_of(evaluations):
         shown.caption, shown.caption_justify = escape("\n".join(notes)), "left"
@@ -139,6 +156,7 @@ class Page:
         curves, curve_caption: accuracy against eps.
         strips, strip_caption: pictures.
         facts: what the numbers depend on.
+        marks: what stands beside the numbers of an unfinished evaluation, by its name.
         before, after: further parts, before and after the main table.
     """
 
@@ -150,6 +168,7 @@ class Page:
     strips: Sequence[Strip] = ()
     strip_caption: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
+    marks: Mapping[str, str] = field(default_factory=dict)
     before: Sequence[Section] = ()
     after: Sequence[Section] = ()
 
@@ -178,6 +197,7 @@ def write_html(path: Path, page: Page) -> None:
         notes=notes_of(page.evaluations),
         said=said,
         kept=kept,
+        in_words=attack_in_words,
         picture=png,
     )
     write_text(path, html)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
+from clipdefense.evaluation.ensemble import AFTER, STANDARD, is_autoattack, listed, parts
 from clipdefense.evaluation.results import Evaluation, Row
 from clipdefense.threat import ThreatModel, format_eps
 
@@ -54,27 +56,56 @@ def tried(evaluations: Sequence[Evaluation]) -> list[str]:
     found: dict[str, list[str]] = {}
     for row in _rows(evaluations):
         if row.kind in _KINDS:
-            found.setdefault(row.kind, []).append(row.attack.removeprefix("+ "))
+            found.setdefault(row.kind, []).append(attack_in_words(row.attack.removeprefix(AFTER)))
     return [f"{said} Attacks: {_listed(found[kind])}." for kind, said in _KINDS.items() if kind in found]
 
 
 def not_tried(evaluations: Sequence[Evaluation]) -> list[str]:
-    """What was not, so that nobody reads the numbers as more than they are."""
-    missing = []
-    kinds = {row.kind for row in _rows(evaluations)}
+    """What was not, so that nobody reads the numbers as more than they are; for whom, where others were spared less."""
+    lacking: dict[str, list[str]] = {}
     for evaluation in evaluations:
-        if evaluation.caveat:
-            what = "an attacker who knows the defence" if evaluation.caveat == "transfer only" else "adaptive views"
-            missing.append(f"{what}, for {evaluation.name}")
-        missing += [f"{reason}, for {evaluation.name}" for reason in evaluation.left_out]
-    attacks = {row.attack.removeprefix("+ ").partition(",")[0] for row in _rows(evaluations)}
-    if "black box" not in kinds and not attacks & {"square", "autoattack"}:
-        missing.append("an attacker who sees answers alone, without gradients (square, or adaptive = true)")
-    if "autoattack" not in attacks and not {"apgd-ce", "apgd-t"} <= attacks:
-        missing.append("AutoAttack, the ensemble with which robust accuracies are usually compared")
+        for text in dict.fromkeys(_lacks(evaluation)):
+            lacking.setdefault(text, []).append(evaluation.name)
     norms = {evaluation.threat.norm for evaluation in evaluations}
+    missing = [_for(text, names, len(evaluations)) for text, names in lacking.items()]
     missing += [f"{name} perturbations" for norm, name in (("linf", "Linf"), ("l2", "L2")) if norm not in norms]
-    return [f"{text[0].upper()}{text[1:]}." for text in (*dict.fromkeys(missing), *_ALWAYS)]
+    return [f"{text[0].upper()}{text[1:]}." for text in (*missing, *_ALWAYS)]
+
+
+def _lacks(evaluation: Evaluation) -> Iterator[str]:
+    if evaluation.caveat:
+        yield "an attacker who knows the defence" if evaluation.caveat == "transfer only" else "adaptive views"
+    yield from evaluation.left_out
+    # images made against the undefended model are no questions to the deployed one, whatever made them
+    direct = [row for row in evaluation.rows if row.kind not in ("transfer", "embedding")]
+    ran = frozenset[str]().union(*(parts(row.attack) for row in direct))
+    if "square" not in ran and not any(row.kind == "black box" for row in direct):
+        yield "an attacker who sees answers alone, without gradients (square, or adaptive = true)"
+    left = [name for name in STANDARD if name not in ran]
+    if left:
+        text = "AutoAttack, the ensemble with which robust accuracies are usually compared"
+        if len(left) < len(STANDARD):
+            text += f" ({listed(left)} did not run)"
+        elif any(is_autoattack(row.attack) for row in evaluation.rows):
+            text += ", against the defence itself (it ran on the undefended model)"
+        yield text
+
+
+def _for(text: str, names: Sequence[str], among: int) -> str:
+    return text if len(names) == among else f"{text}, for {'; '.join(names)}"
+
+
+def attack_in_words(attack: str) -> str:
+    """An attack's name for people: ``step_size=0.00392156862745098`` as ``step_size=1/255``."""
+    return re.sub(r"(?<==)\d[\d.]*(?:e-?\d+)?(?=,|$)", lambda found: _fraction(found[0]), attack)
+
+
+def _fraction(text: str) -> str:
+    try:
+        said = format_eps(float(text))
+    except ValueError:  # a version, such as 1.2.3
+        return text
+    return said if said.endswith("/255") else text
 
 
 def _rows(evaluations: Iterable[Evaluation]) -> list[Row]:

@@ -14,9 +14,10 @@ import clipdefense.runs.exhibits as exhibits
 from clipdefense.errors import UsageError
 from clipdefense.files import write_atomically
 from clipdefense.runs.bank import bank_file
-from clipdefense.runs.build import Facts
-from clipdefense.runs.results import AUDITS, RunResult, write_summary
-from clipdefense.runs.store import SCHEMA, check_same, facts_of, reading, stores_in, writing
+from clipdefense.runs.results import AUDITS, RunResult, read
+from clipdefense.runs.shards import check_shards
+from clipdefense.runs.store import SCHEMA, reading, stores_in, writing
+from clipdefense.runs.summary import write
 from clipdefense.runs.units import Shard
 
 TABLES = ("sessions", "cells", "attacks", "left_out", "units", "verdicts", "corrupt")
@@ -40,7 +41,7 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> RunResult:
     out = Path(out)
     if out.exists():
         raise UsageError(f"{str(out)!r} exists already; name a new folder for the joined run.")
-    _check(stores)
+    check_shards(stores)
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         with writing(out.parent):
@@ -54,11 +55,11 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> RunResult:
                 for kind in (exhibits.FOLDER, AUDITS):
                     for file in sorted((store.parent / kind).glob("cell-*")):
                         _copy(file, temporary / kind / file.name)
-            write_summary(temporary)
+            write([read(temporary)], temporary)
             temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return write_summary(out)
+    return read(out)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -73,29 +74,6 @@ def _stores(source: Path) -> list[Path]:
     if not found:
         raise UsageError(f"{str(source)!r} holds no shard; a folder given to `clipdefense evaluate --run` is expected.")
     return found
-
-
-def _check(stores: Sequence[Path]) -> None:
-    """The shards are of one run, cell by cell, and none did what another did."""
-    first: Facts | None = None
-    first_cells: dict[int, tuple[Facts, Path]] = {}
-    owner: dict[tuple[int, int], Path] = {}
-    for store in stores:
-        with reading(store) as connection:
-            facts = facts_of(connection)
-            if first is None:
-                first = facts
-            check_same(first, facts, f"the shard {str(stores[0])!r}")
-            for cell, name, text in connection.execute("SELECT cell, name, fingerprint FROM cells"):
-                known = first_cells.setdefault(cell, (json.loads(text), store))
-                check_same(known[0], json.loads(text), f"the cell {name!r} in the shard {str(known[1])!r}")
-            for unit in connection.execute("SELECT cell, unit FROM units"):
-                if unit in owner:
-                    raise UsageError(
-                        f"{str(store)!r} and {str(owner[unit])!r} both did work unit {unit[1]} of cell {unit[0]}; "
-                        "shards must not overlap: leave one of them out."
-                    )
-                owner[unit] = store
 
 
 def _join(stores: Sequence[Path], folder: Path) -> None:

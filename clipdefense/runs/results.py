@@ -1,11 +1,11 @@
-"""What a store says: evaluations with their intervals, and the summary in JSON, CSV and Markdown."""
+"""What a store says: the verdicts of each cell as an evaluation, also while the run is under way or in shards."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,23 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdefense.errors import UsageError
-from clipdefense.evaluation.report import WITHHELD, attacker, kept, notes_of, rows_of, said
+from clipdefense.evaluation.ensemble import AFTER as AFTER
 from clipdefense.evaluation.results import Evaluation, Kind, Row, still_standing
-from clipdefense.files import write_json, write_text
 from clipdefense.runs.build import Facts
-from clipdefense.runs.config import NO_DEFENSE, RunConfig
+from clipdefense.runs.config import RunConfig
+from clipdefense.runs.shards import check_shards
 from clipdefense.runs.store import Named, facts_of, reading, stores_in
 from clipdefense.runs.units import Cell, cells, jobs
-from clipdefense.threat import format_eps
 
 AUDITS = "audits"
 """The folder of a run in which the audit of cell N is ``cell-N.json``."""
 
-AFTER = "+ "
-"""How a row is marked that counts what the attacks above it left standing."""
-
 NEAR = 1e-3
 """A verdict whose fp32 margin is smaller may differ on another device, thread count or batch size."""
+
+NOT_FINISHED, NO_IMAGES = "NOT FINISHED", "NO IMAGES"
+"""What stands in the place of the numbers of a cell without verdicts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +39,8 @@ class CellResult:
 
     Attributes:
         cell: what was judged and attacked.
+        folder: of its run: banks, exhibits and audits are there.
+        images: of its data set, those included that could not be decoded or are not done yet.
         facts: its fingerprint.
         attacks: attack, view, kind and EOT draws, by number.
         left_out: attacks that did not run, each with its reason.
@@ -57,6 +58,8 @@ class CellResult:
     """
 
     cell: Cell
+    folder: Path
+    images: int
     facts: Facts
     attacks: tuple[Named, ...]
     left_out: tuple[str, ...]
@@ -107,63 +110,55 @@ class CellResult:
         """Verdicts with a margin below :data:`NEAR`."""
         return int((np.abs(self.margin) < NEAR).sum())
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: RobustBench's model-info fields, then every row with its interval."""
-        evaluation = self.evaluation
-        auto = [row.accuracy for row in evaluation.rows if row.attack.partition(",")[0].endswith("autoattack")]
-        threat = evaluation.threat
-        return {
-            "name": self.cell.model.label if self.cell.defense.spec == NO_DEFENSE else self.cell.name,
-            "authors": None,
-            "venue": None,
-            "link": None,
-            "architecture": self.facts.get("model"),
-            "additional_data": None,
-            "number_forward_passes": None,
-            "dataset": self.cell.dataset.label,
-            "eps": format_eps(threat.eps),
-            "clean_acc": f"{100 * evaluation.clean.accuracy:.2f}",
-            "reported": None,
-            "autoattack_acc": f"{100 * min(auto):.2f}" if auto and not self.withheld else None,
-            "unreliable": bool(self.withheld) if self.audit else None,
-            "footnote": evaluation.caveat,
-            "cell": self.cell.name,
-            "model": self.cell.model.label,
-            "defense": self.cell.defense.label,
-            "norm": threat.norm,
-            "eps_value": threat.eps,
-            "n": evaluation.n,
-            "rows": [
-                {
-                    "attack": attack,
-                    "attacked": row.attacked,
-                    "verdict_seeds": len(row.correct),
-                    "accuracy": row.accuracy if kept(evaluation, row) else None,
-                    "interval_95": list(row.interval) if kept(evaluation, row) else None,
-                    "worst_case": bottom,
-                }
-                for attack, row, bottom in rows_of(evaluation)
-            ],
-            "audit": self.audit.get("verdict"),
-            "withheld": self.withheld or None,
-            "left_out": list(self.left_out),
-            "margins_below_0.001": self.near,
-            "unrepeatable_verdicts": self.unrepeatable,
-            "corrupt": [{"image": sample, "reason": reason} for sample, reason in self.corrupt],
-            "units": {"done": self.units, "missing": self.missing},
-            "made_on": [dict(zip(("device", "threads", "batch_size"), where)) for where in self.made_on],
-            "fingerprint": self.facts,
-        }
+    @property
+    def mark(self) -> str:
+        """What stands beside every number while work units are missing, such as ``"(24 of 40)"`` images; else empty."""
+        return self.count if self.missing else ""
+
+    @property
+    def count(self) -> str:
+        """``"(24 of 40)"``: images with a verdict, and images of the data set."""
+        return f"({len(self.samples)} of {self.images})"
+
+
+@dataclass(frozen=True)
+class Unjudged:
+    """A cell without any verdict.
+
+    Attributes:
+        cell: what is to be judged.
+        units, missing: work units done (none of their images could be decoded) and not done.
+    """
+
+    cell: Cell
+    units: int
+    missing: int
+
+    @property
+    def said(self) -> str:
+        """What stands in the place of its numbers."""
+        return NOT_FINISHED if self.missing else NO_IMAGES
+
+    @property
+    def why(self) -> str:
+        """The same as a sentence, with the cell's name."""
+        if not self.missing:
+            return f"{self.cell.name}: {NO_IMAGES}, none could be decoded."
+        total = self.units + self.missing
+        done = f"{self.units} of {total} work units are done, without a verdict" if self.units else f"none of {total} "
+        done += "" if self.units else "work units is done"
+        return f"{self.cell.name}: {NOT_FINISHED}, {done}."
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A whole run as read from its folder: its configuration, its fingerprint, its cells with any verdict."""
+    """A whole run as read from its folder: its configuration, its fingerprint, its cells with verdicts and without."""
 
     folder: Path
     config: RunConfig
     facts: Facts
     cells: tuple[CellResult, ...]
+    unjudged: tuple[Unjudged, ...] = ()
 
 
 def config_of(facts: Facts) -> RunConfig:
@@ -188,21 +183,48 @@ def single_store(folder: Path) -> Path:
     return found[0]
 
 
-def read(folder: str | Path) -> RunResult:
+def read(folder: str | Path, *, shards: bool = False) -> RunResult:
     """A run's verdicts, also while it is under way.
 
+    Args:
+        folder: of the run.
+        shards: take a folder of shards as they stand, too; what they lack counts as not done. Nothing is written.
+
     Raises:
-        UsageError: there is no run in the folder, it is in shards, or it is damaged.
+        UsageError: there is no run in the folder, it is in shards that were not asked for, or it is damaged.
     """
     folder = Path(folder)
-    with reading(single_store(folder)) as connection:
-        facts = facts_of(connection)
+    stores = stores_in(folder) if shards else []
+    if len(stores) > 1:
+        check_shards(stores)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(reading(store)) for store in stores or [single_store(folder)]]
+        facts = facts_of(opened[0])
         config = config_of(facts)
         sizes = {label: content["images"] for label, content in facts["contents"].items()}
-        listed = cells(config)
-        units = {cell.number: len(jobs([cell], sizes, config.unit)) for cell in listed}
-        found = (_cell(connection, cell, units[cell.number], folder) for cell in listed)
-        return RunResult(folder, config, facts, tuple(cell for cell in found if cell is not None))
+        judged: list[CellResult] = []
+        unjudged: list[Unjudged] = []
+        for cell in cells(config):
+            units = len(jobs([cell], sizes, config.unit))
+            with _at_once(opened):
+                found = _cell(opened, cell, units, folder, sizes[cell.dataset.label])
+            if isinstance(found, CellResult):
+                judged.append(found)
+            else:
+                unjudged.append(found)
+        return RunResult(folder, config, facts, tuple(judged), tuple(unjudged))
+
+
+@contextmanager
+def _at_once(opened: Sequence[sqlite3.Connection]) -> Iterator[None]:
+    """What is read inside is of one moment; a process that commits a work unit meanwhile waits."""
+    for connection in opened:
+        connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        for connection in opened:
+            connection.rollback()
 
 
 def audit_file(folder: Path, cell: int) -> Path:
@@ -217,112 +239,65 @@ def _audit(path: Path) -> Facts:
         raise UsageError(f"audit {str(path)!r} cannot be read ({error}); delete it and audit again.") from error
 
 
-def _cell(connection: sqlite3.Connection, cell: Cell, units: int, folder: Path) -> CellResult | None:
+def _cell(
+    opened: Sequence[sqlite3.Connection], cell: Cell, units: int, folder: Path, images: int
+) -> CellResult | Unjudged:
     def ask(query: str, *more: int) -> list[Any]:
-        return connection.execute(query, (cell.number, *more)).fetchall()
+        return [row for connection in opened for row in connection.execute(query, (cell.number, *more))]
 
     done = ask("SELECT device, threads, bucket, unrepeatable FROM units WHERE cell = ?")
-    attacks = ask("SELECT attack, view, kind, draws FROM attacks WHERE cell = ? ORDER BY number")
+    query = "SELECT attack, view, kind, draws FROM attacks WHERE cell = ? ORDER BY number"
+    ran = (connection.execute(query, (cell.number,)).fetchall() for connection in opened)
+    attacks: list[Named] = next(filter(None, ran), [])  # the same in every shard
     if not attacks:
-        return None
+        return Unjudged(cell, len(done), units - len(done))
     tables = [
         np.array(
-            ask(
-                "SELECT seed, sample, label, clean, adversarial, margin FROM verdicts "
-                "WHERE cell = ? AND number = ? ORDER BY seed, sample",
-                number,
+            sorted(
+                ask(
+                    "SELECT seed, sample, label, clean, adversarial, margin FROM verdicts WHERE cell = ? "
+                    "AND number = ?",
+                    number,
+                )
             ),
             dtype=np.float64,  # whole numbers up to 2^53 and fp32 margins both fit
         )
         for number in range(len(attacks))
     ]
-    seeds = tuple(int(seed) for (seed,) in ask("SELECT DISTINCT seed FROM verdicts WHERE cell = ? ORDER BY seed"))
+    seeds = tuple(sorted({int(seed) for (seed,) in ask("SELECT DISTINCT seed FROM verdicts WHERE cell = ?")}))
     shaped = np.stack(tables).reshape(len(attacks), len(seeds), -1, 6)
     whole = shaped[..., :5].astype(np.int64)
     (facts,) = ask("SELECT fingerprint FROM cells WHERE cell = ?")[0]
     return CellResult(
         cell=cell,
+        folder=folder,
+        images=images,
         facts=json.loads(facts),
         attacks=tuple(attacks),
-        left_out=tuple(reason for (reason,) in ask("SELECT reason FROM left_out WHERE cell = ? ORDER BY reason")),
+        left_out=tuple(sorted({reason for (reason,) in ask("SELECT reason FROM left_out WHERE cell = ?")})),
         seeds=seeds,
         samples=whole[0, 0, :, 1],
         labels=whole[0, 0, :, 2],
         clean=whole[0, :, :, 3],
         adversarial=whole[..., 4],
         margin=shaped[..., 5],
-        corrupt=tuple(ask("SELECT sample, reason FROM corrupt WHERE cell = ? ORDER BY sample")),
+        corrupt=tuple(sorted(ask("SELECT sample, reason FROM corrupt WHERE cell = ?"))),
         unrepeatable=sum(row[3] for row in done),
         units=len(done),
         missing=units - len(done),
         made_on=tuple(sorted({row[:3] for row in done})),
-        banks=tuple(unit for (unit,) in ask("SELECT unit FROM units WHERE cell = ? AND bank ORDER BY unit")),
+        banks=tuple(sorted(unit for (unit,) in ask("SELECT unit FROM units WHERE cell = ? AND bank"))),
         audit=_audit(audit_file(folder, cell.number)),
     )
 
 
-COLUMNS = (
-    "model",
-    "defense",
-    "dataset",
-    "norm",
-    "eps",
-    "attack",
-    "attacked",
-    "n",
-    "verdict_seeds",
-    "accuracy",
-    "low_95",
-    "high_95",
-    "corrupt",
-)
-
-
 def write_summary(folder: str | Path) -> RunResult:
-    """``summary.json``, ``summary.csv`` and ``summary.md`` in the run's folder; returns what they were made from."""
+    """As :func:`clipdefense.runs.summary.write` of one run in one piece, into its own folder."""
+    from clipdefense.runs.summary import write  # it is made from what is here
+
     result = read(folder)
-    head = {"fingerprint": result.facts, "results": [cell.to_dict() for cell in result.cells]}
-    write_json(result.folder / "summary.json", head)
-    write_text(result.folder / "summary.csv", _csv(result))
-    write_text(result.folder / "summary.md", markdown(result))
+    write([result], result.folder)
     return result
-
-
-def _csv(result: RunResult) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for cell in result.cells:
-        threat = cell.evaluation.threat
-        what = (cell.cell.model.label, cell.cell.defense.label, cell.cell.dataset.label, threat.norm, threat.eps)
-        for attack, row, _ in rows_of(cell.evaluation):
-            number = (row.accuracy, *row.interval) if kept(cell.evaluation, row) else (WITHHELD, "", "")
-            counts = (cell.evaluation.n, len(row.correct), *number, len(cell.corrupt))
-            writer.writerow((*what, attack, row.attacked, *counts))
-    return text.getvalue()
-
-
-def markdown(result: RunResult) -> str:
-    """A table for each cell, with what has to be said of it."""
-    parts = []
-    for cell in result.cells:
-        lines = [
-            f"## {cell.cell.name}",
-            "",
-            f"Accuracy in %, 95 % Wilson interval; {cell.evaluation.threat}; {cell.evaluation.n} images.",
-            "",
-            "| attack | what the attacker had | accuracy |",
-            "|---|---|---|",
-        ]
-        for attack, row, bottom in rows_of(cell.evaluation):
-            texts = (attack, attacker(cell.evaluation, row, bottom), said(cell.evaluation, row))
-            cells_of_row = [part.replace("|", "\\|") for part in texts]
-            lines.append("| " + " | ".join(f"**{part}**" if bottom else part for part in cells_of_row) + " |")
-        parts.append(
-            "\n".join([*lines, "", *(f"- {note}" for note in (*notes_of([cell.evaluation]), *notes(cell)))]).rstrip()
-            + "\n"
-        )
-    return "\n".join(parts)
 
 
 def notes(cell: CellResult) -> list[str]:

@@ -144,7 +144,8 @@ def test_an_invalid_audit_withholds_every_robust_number(folder: Path) -> None:
     ]
     assert ["withheld: INVALID" in line for line in lines] == [",clean," not in line for line in lines]
     name = bad.cell.name.replace("<", "&lt;").replace(">", "&gt;").replace("<&", "<&amp;")
-    markdown = (folder / "summary.md").read_text().split(f"## {bad.cell.name}")[1].split("## ")[0]
+    heading = r"## tiny \<&\> \| random-noise \| one \| linf 4/255"
+    markdown = (folder / "summary.md").read_text().split(heading)[1].split("## ")[0]
     assert markdown.count("withheld: INVALID") == len(lines) - 1 and "planted" in markdown
 
     worst = text(bad.evaluation.worst_case().accuracy, bad.evaluation.worst_case().interval)
@@ -227,8 +228,8 @@ def test_a_page_of_a_run_under_way_says_so(make_config: Callable[..., Any], tmp_
     from clipdefense.runs.units import Shard
 
     run(make_config(exhibits=False), tmp_path / "run", shard=Shard(0, 2), device="cpu")
-    with pytest.raises(UsageError, match="holds 1 shards"):
-        write_page(tmp_path / "run")
+    write_page(tmp_path / "run")
+    assert "NOT FINISHED: 1 of 3 work units are missing" in (tmp_path / "run" / "report.html").read_text()
     from clipdefense.runs.merge import merge
 
     merge([tmp_path / "run"], tmp_path / "merged")

@@ -1,0 +1,94 @@
+"""The glance, the means and the tests as tables of text, the same on the page, in Markdown and in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from clipdefense.evaluation.report import WITHHELD, Grid, Section, percent_of
+from clipdefense.evaluation.words import attack_in_words
+from clipdefense.runs.joint import Joint
+from clipdefense.runs.sums import Line, Mean, Paired, threats_of
+
+
+def sections(
+    joint: Joint, lines: Sequence[Line], found: Sequence[Mean], pairs: Sequence[Paired]
+) -> tuple[Section | None, Section | None, Section | None]:
+    """At a glance, the means, against a baseline; None where there is nothing of the kind."""
+    return glance_section(joint, lines), means_section(joint, found), against_section(pairs)
+
+
+def glance_section(joint: Joint, lines: Sequence[Line]) -> Section | None:
+    """A row for each model and defence under its data set, a column for each threat model."""
+    if len(joint.everything) < 2:
+        return None
+    columns = ("clean", *threats_of(joint))
+    rows: list[tuple[str, ...]] = []
+    for dataset in dict.fromkeys(line.dataset for line in lines):
+        rows.append((dataset,))
+        rows += [(one.model, one.defense, one.clean, *one.robust) for one in lines if one.dataset == dataset]
+    note = "In %, with the 95 % Wilson interval: images still right under every attack that was tried, and every draw."
+    if any(one.missing for one in joint.everything):
+        note += (
+            " A number with (images of images) is of those alone: its combination, or one beside it, is not finished."
+        )
+    if joint.differing:
+        note += (
+            f" The runs differ in {', '.join(joint.differing)}: each number is over what its own run tried, and a "
+            "difference between two may come from there."
+        )
+    numbers = frozenset(range(2, 2 + len(columns)))
+    return Section("At a glance", note, grid=Grid(("model", "defence", *columns), tuple(rows), numbers))
+
+
+def means_section(joint: Joint, found: Sequence[Mean]) -> Section | None:
+    """Means over data sets, under the model, defence and threat model that they are of."""
+    if not found:
+        return None
+    rows: list[tuple[str, ...]] = []
+    strong: set[int] = set()
+    for names, group in groupby(found, key=lambda mean: (mean.model, mean.defense, mean.threat)):
+        rows.append((" | ".join(names),))
+        for mean in group:
+            if mean.bottom:
+                strong.add(len(rows))
+            rows.append((attack_in_words(mean.attack), mean.attacked, mean.counted, mean_text(mean)))
+    note = (
+        "Each data set counts once; the 95 % interval (Zou and Donner, from the Wilson limits) is about other images "
+        "of the same data sets."
+    )
+    if joint.protocol is not None and joint.protocol.headline:
+        note += f" The protocol's own mean is over {len(joint.protocol.headline)} data sets."
+    if any(mean.missing for mean in found):
+        left = dict.fromkeys(label for mean in found for label in mean.missing)
+        note += f" Combinations that are not finished are left out of the means ({', '.join(left)})."
+    header = ("attack", "what the attacker had", "data sets", "mean accuracy")
+    return Section("Mean over data sets", note, grid=Grid(header, tuple(rows), frozenset({2, 3}), frozenset(strong)))
+
+
+def mean_text(mean: Mean) -> str:
+    """The number with its interval, or that it is withheld."""
+    return WITHHELD if mean.accuracy is None or mean.interval is None else percent_of(mean.accuracy, mean.interval)
+
+
+def against_section(pairs: Sequence[Paired]) -> Section | None:
+    """McNemar's tests, under the cell and its baseline."""
+    if not pairs:
+        return None
+    note = (
+        "On the same images: how many only the first gets right (+), how many only the baseline (-), and the p of "
+        "McNemar's exact test that either is as likely. A randomised defence is right where it is on every draw."
+    )
+    header = ("attack", "n", "gained", "lost", "p")
+    return Section("Against a baseline", note, grid=Grid(header, tuple(_pairs(pairs)), frozenset({1, 2, 3, 4})))
+
+
+def _pairs(pairs: Sequence[Paired]) -> Iterator[tuple[str, ...]]:
+    for (cell, differs), group in groupby(pairs, key=lambda pair: (pair.cell, pair.differs)):
+        yield (f"{cell}, against {differs}",)
+        for pair in group:
+            if pair.p is None:
+                yield pair.what, WITHHELD, "", "", ""
+            else:
+                n = f"{pair.n} of {pair.of}" if pair.partial else str(pair.n)
+                yield pair.what, n, f"+{pair.gained}", f"-{pair.lost}", f"{pair.p:.3g}"
