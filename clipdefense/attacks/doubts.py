@@ -1,4 +1,4 @@
-"""What makes an attack's verdict doubtful: gathered while its parts run, told once at its end."""
+"""What the parts of an attack saw: evaluations spent, and what makes its verdict doubtful, told once at its end."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Doubts:
         self._notes: dict[str, None] = {}
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
         self._fallen: list[Tensor] = []
+        self._spent: list[tuple[Tensor, Tensor]] = []
 
     def of_model(self, model: nn.Module) -> None:
         """Weights in half precision, in which neither a verdict is fp32 nor a small step arrives."""
@@ -51,6 +52,20 @@ class Doubts:
     def of_gradients(self, ids: Tensor, taken: Tensor, zero: Tensor) -> None:
         """Images (N,), how many gradients each was given, and how many of those were exactly zero while it stood."""
         self._seen.append((ids, taken.to(ids.device), zero.to(ids.device)))
+
+    def of_steps(self, ids: Tensor, taken: Tensor) -> None:
+        """Images (N,), and how many evaluations of the model each was given; the draws of one count as one."""
+        self._spent.append((ids, taken.to(ids.device)))
+
+    def steps(self, ids: Tensor) -> Tensor:
+        """(N,) int64: evaluations that these images were given by all parts together."""
+        known, order = ids.sort()
+        found = torch.zeros_like(known)
+        for names, taken in self._spent:
+            place = torch.searchsorted(known, names.to(known.device)).clamp_max(len(known) - 1)
+            among = known[place] == names.to(known.device)
+            found.index_add_(0, order[place[among]], taken.to(found)[among])
+        return found
 
     def fell(self, ids: Tensor) -> None:
         """Images that are broken, of whose gradients nothing need be said."""

@@ -187,8 +187,9 @@ class _Run:
         self.late = reads_late(task.x.device)
         self.x_adv = task.x.clone()
         self.broken = torch.zeros(len(task.x), dtype=torch.bool)
-        # evaluations with a gradient, and those in which it was exactly zero
-        self.steep = torch.zeros(len(task.x), dtype=torch.int32)
+        # evaluations, those with a gradient, and those in which it was exactly zero
+        self.taken = torch.zeros(len(task.x), dtype=torch.int32)
+        self.steep = torch.zeros_like(self.taken)
         self.flat = torch.zeros_like(self.steep, device=task.x.device)
         self.labels, self.looked = labels, False
         self.done, self.steps, self.began = 0, 0, time.monotonic()
@@ -197,6 +198,7 @@ class _Run:
         broken, ids, doubts = self.broken.to(self.x_adv.device), self.task.ids, self.options.doubts
         if self.steep.any():
             doubts.of_gradients(ids, self.steep, self.flat)
+        doubts.of_steps(ids, self.taken)
         doubts.fell(ids[broken])
         return Outcome(self.x_adv, broken)
 
@@ -253,6 +255,7 @@ class _Run:
             gradient = torch.zeros_like(x_adv).index_copy(0, some, steepest)
         missed = self._missed(logits, self.rows)
         wrong = missed[0] if len(missed) == 1 else missed.float().mean(dim=0) > 0.5
+        self.taken[self.positions] += 1
         self.steep[self.positions] += steep
         usable = self._usable(steepest, some, wrong)
         return Evaluation(loss, gradient, wrong), self._claim(wrong, logits, x_adv, usable)

@@ -134,7 +134,13 @@ def attack(function: AttackFunction) -> AttackFunction:
         return x_adv
 
     called.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+    called.takes_doubts = True  # type: ignore[attr-defined]
     return cast(AttackFunction, called)
+
+
+def takes_doubts(function: Callable[..., Tensor]) -> bool:
+    """Whether what the attack sees can be asked of it: it was made with :func:`attack`, and takes ``doubts=``."""
+    return bool(getattr(function, "takes_doubts", False))
 
 
 def labelled(progress: Progress | None, label: str) -> Progress | None:

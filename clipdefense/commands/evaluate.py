@@ -158,9 +158,12 @@ def evaluate(
 def _missed(folder: Path, percent: float) -> list[str]:
     """Why each combination under the floor is there."""
     from clipdefense.runs.results import read
+    from clipdefense.runs.units import cells
 
-    found = []
-    for cell in read(folder).cells:
+    result, found = read(folder), []
+    judged = {cell.cell.name for cell in result.cells if cell.evaluation.n}
+    found += [f"{cell.name}: no image was judged" for cell in cells(result.config) if cell.name not in judged]
+    for cell in result.cells:
         accuracy = cell.evaluation.worst_case().accuracy
         if cell.withheld:
             found.append(f"{cell.cell.name}: its robust accuracy is withheld: {cell.withheld}")

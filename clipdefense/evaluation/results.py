@@ -40,6 +40,8 @@ class Row:
         draws: EOT draws of each gradient (or query).
         answers: what was said of this attack's own images, also where ``correct`` counts those before it; None where
             no model was asked, as in a worst case.
+        steps: (n,) evaluations of what it attacked that the attack spent on each image, the draws of one counted as
+            one; None where it does not tell.
     """
 
     attack: str
@@ -49,6 +51,7 @@ class Row:
     kind: Kind = ""
     draws: int = 1
     answers: Answers | None = field(default=None, repr=False, compare=False)
+    steps: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
 
     @property
     def accuracy(self) -> float:

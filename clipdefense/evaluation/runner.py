@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from clipdefense.attacks.adaptive import Adaptive, passes
 from clipdefense.attacks.context import predict
+from clipdefense.attacks.doubts import Doubts
 from clipdefense.attacks.engine import prepare
-from clipdefense.attacks.options import Progress, labelled
+from clipdefense.attacks.options import Progress, labelled, takes_doubts
 from clipdefense.defenses import TestTimeDefense, ViewModule
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.evaluation.answers import ask
@@ -353,7 +354,8 @@ class _Job:
         for part in target.module.modules():  # a row does not depend on which attacks came before it
             if isinstance(part, ViewModule):
                 part.numbers.seen = 0
-        x_adv = self.x.clone()
+        x_adv, spent = self.x.clone(), Doubts()
+        common |= {"doubts": spent} if takes_doubts(function) else {}
         rows = torch.from_numpy(standing.correct.any(axis=0)).to(self.x.device)
         if rows.any():
             count = None
@@ -365,9 +367,11 @@ class _Job:
                 x_adv[rows] = function(
                     target.module, self.x[rows], self.y[rows], budget, ids=self.ids[rows], **arguments
                 )
+            spent.tell()
         x_adv = self.x + (x_adv - self.x)  # what a stored perturbation gives, which may be a rounding away
         attacked, kind = target.label, target.kind
         if kind == "itself" and not self.same(x_adv):  # the defence acts on attacked images only
             attacked, kind = TRANSFER, "transfer"
         row = self.judged(x_adv, str(spec), attacked, kind, target.draws)
-        return replace(row, adversarial=x_adv.cpu()) if self.keep else row, x_adv
+        steps = spent.steps(self.ids).cpu().numpy() if takes_doubts(function) else None
+        return replace(row, adversarial=x_adv.cpu() if self.keep else None, steps=steps), x_adv

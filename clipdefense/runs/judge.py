@@ -77,11 +77,10 @@ class _Unit:
     def verdicts(self, evaluation: Evaluation) -> list[Verdict]:
         """What was said of each image, clean and attacked; in a cumulative run too of each attack's own images."""
         clean, ids, label = _answers(evaluation.clean).predicted, self.ids.tolist(), self.label.tolist()
-        # an image that was wrong from the start was not attacked; of the others no attack tells
-        steps = [None if tried else 0 for tried in (clean == self.label).any(axis=0).tolist()]
         found: list[Verdict] = []
         for number, row in enumerate(evaluation.rows):
             said = _answers(row)
+            steps = [None] * len(ids) if row.steps is None else row.steps.tolist()
             for index, seed in enumerate(self.subject.seeds):
                 columns = (clean[index].tolist(), said.predicted[index].tolist(), said.margin[index].tolist(), steps)
                 found += [(number, seed, *values, self.bucket) for values in zip(ids, label, *columns)]

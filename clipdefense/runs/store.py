@@ -21,7 +21,8 @@ from clipdefense.runs.units import Cell, Job, Shard
 FORMAT = 1
 
 # A row's margin is z_label - max z_other of the adversarial image, negative where it is misclassified. `number` stands
-# for (attack, view) in the order they ran; `steps` is null where the attack does not tell.
+# for (attack, view) in the order they ran; `steps` are the evaluations that the attack spent on the image, null where
+# it does not tell.
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE sessions (started TEXT, process INTEGER, host TEXT, machine TEXT);
