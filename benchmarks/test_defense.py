@@ -4,27 +4,32 @@
         --protocol ttc-224 --root /data --data cifar10 --defense ttc --runs results/ttc
 
 What draws is attacked with AutoAttack's ``rand`` and, as every test-time defence, through its adaptive views too; the
-undefended model with ``standard``. Under a protocol its own attacks, radii, prompts and resolution come first, and what
-was published under it stands below. Without ``--model`` the smallest size takes the demo's digits; the others skip.
+undefended model with ``standard``. Under a protocol its own attacks, radii, prompts and resolution come first, and one
+table has ours beside what was published under it. Without ``--model`` the smallest size takes the demo's digits; the
+others skip.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
+from beside import Beside, Measured, join, radii, table
+from clipdefense.data.protocols import get_protocol
 from clipdefense.evaluation import report
 from clipdefense.plugins import get_defense
 from clipdefense.runs.config import RunConfig, read_config
 from clipdefense.runs.page import write_page
 from clipdefense.runs.results import CellResult, notes, read
+from clipdefense.runs.robustbench import entry
 from clipdefense.runs.run import run
+from clipdefense.threat import format_eps, parse_eps
 
 PUBLISHED = Path(__file__).parent / "published.json"
 PGD = ["pgd,steps=10", "pgd,steps=100"]
@@ -70,33 +75,30 @@ def configuration(asked: dict[str, Any], defense: str | None, device: str) -> Ru
     return read_config({key: value for key, value in content.items() if value is not None})
 
 
-def published(protocol: str | None, datasets: list[str]) -> list[dict[str, Any]]:
-    """What was published under the protocol on these data sets, or as a mean."""
+def published(protocol: str | None, datasets: list[str], eps: list[str] | None = None) -> list[dict[str, Any]]:
+    """What was published under the protocol on these data sets or as a mean, clean or at these radii (None: at any)."""
     entries = json.loads(PUBLISHED.read_text(encoding="utf-8"))["entries"]
-    wanted = [*datasets, "mean"]
+    wanted, known = [*datasets, "mean"], None if eps is None else {format_eps(parse_eps(given)) for given in eps}
     rows = []
-    for entry in entries:
-        found = {name: entry["accuracy"][name] for name in wanted if name in entry["accuracy"]}
-        if entry["protocol"] == protocol and found:
-            rows.append({**entry, "accuracy": found})
+    for each in entries:
+        found = {name: each["accuracy"][name] for name in wanted if name in each["accuracy"]}
+        if each["protocol"] == protocol and found and (known is None or set(radii(each["eps"])) <= known):
+            rows.append({**each, "accuracy": found})
     return rows
 
 
-def show(console: Console, cells: list[CellResult], beside: list[dict[str, Any]]) -> None:
+def show(console: Console, cells: list[CellResult], joined: list[Beside], asked: dict[str, Any]) -> None:
+    """Each evaluation with its notes, then ours beside theirs."""
     for cell in cells:
         console.print(report.table([cell.evaluation]))
         for note in notes(cell):
             console.print(note, markup=False)
-    if beside:
-        names = list(dict.fromkeys(name for entry in beside for name in entry["accuracy"]))
-        table = Table(title="Published, in %", title_justify="left")
-        for column in ("method", "attack", "eps", *names, "source and what to know"):
-            table.add_column(column, overflow="fold")
-        for entry in beside:
-            values = [str(entry["accuracy"].get(name, "")) for name in names]
-            source = "; ".join(filter(None, (entry["source"], entry["note"])))
-            table.add_row(entry["method"], entry["attack"], entry["eps"], *values, source)
-        console.print(table)
+    if asked.get("protocol"):
+        console.print(table(joined, asked["protocol"]) if joined else "nothing of this was published under it")
+    if asked.get("protocol") and asked.get("n"):
+        console.print(
+            f"--n {asked['n']}: these are {asked['n']} images a data set, another subset than the published one"
+        )
 
 
 def test_under_pgd_and_autoattack(
@@ -116,14 +118,16 @@ def test_under_pgd_and_autoattack(
         write_page(folder / name)
         cells += read(folder / name).cells
     datasets = list(dict.fromkeys(cell.cell.dataset.spec for cell in cells))
-    beside = published(asked.get("protocol"), datasets)
+    beside = published(asked.get("protocol"), datasets, asked.get("eps"))
+    protocol = asked.get("protocol")
+    joined = join([*map(Measured.of, cells)], beside, get_protocol(protocol)) if protocol else []
     with capsys.disabled():
-        show(Console(width=180), cells, beside)
+        show(Console(width=180), cells, joined, asked)
         print(f"runs, with their pages and what broke every image: {folder}")
     for cell in cells:
         attacks = {row.attack.partition(",")[0].removeprefix("+ ") for row in cell.evaluation.rows}
         assert {"pgd", "autoattack"} <= attacks and cell.missing == 0
         if cell.cell.defense.spec != "none":
             assert {row.kind for row in cell.evaluation.rows} >= {"transfer", "view"} or cell.evaluation.caveat
-    figures = {"results": [cell.to_dict() for cell in cells], "published": beside}
+    figures = {"results": [*map(entry, cells)], "published": beside, "beside": [*map(asdict, joined)]}
     record("defense", figures, quiet=True)
