@@ -149,7 +149,7 @@ def markdown(joint: Joint, over: Sequence[Section]) -> str:
 
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text)
+    return re.sub(r"[\\`*_<>|]|(?<=\])\(", r"\\\g<0>", text)
 
 
 def _section(section: Section) -> str:
