@@ -163,7 +163,7 @@ def folders() -> Iterator[Finding]:
 
 
 def plugins() -> Iterator[Finding]:
-    """Plugins that failed, register nothing, share a name, or wait for a package."""
+    """Plugins that failed, register nothing, share a name, or wait for a package; what models can be named."""
     try:
         found = registry()
     except UsageError as error:  # CLIPDEFENSE_STRICT, or a misspelt CLIPDEFENSE_PLUGINS
@@ -184,6 +184,8 @@ def plugins() -> Iterator[Finding]:
             if claim.missing:
                 advice = f"pip install '{claim.install or ' '.join(claim.missing)}'"
                 yield Finding("plugins", f"{kind} {name}", "note", f"needs {', '.join(claim.missing)}", advice)
+            elif kind == "models" and len(claims) == 1:
+                yield Finding("plugins", f"{kind} {name}", "ok", claim.summary)
     count = ", ".join(f"{len(found.names(kind))} {kind.replace('defenses', 'defences')}" for kind in KINDS)
     yield Finding("plugins", "found", "ok", f"{len(found.plugins)} plugins: {count}")
 

@@ -155,7 +155,7 @@ def locate(architecture: Architecture, weights: str | None, cache_dir: str | Non
     if path.suffix or len(path.parts) > 1:
         raise UsageError(f"weights {weights!r} do not exist (looked for {path.absolute()}).")
     tags = open_clip.list_pretrained_tags_by_model(architecture.name) + published_for(architecture.name)
-    raise unknown_name(f"pretrained tag of {architecture.name}", weights, tags, "A path to a file works too.")
+    raise unknown_name(f"{architecture.name}: pretrained tag", weights, tags, "A path to a file works too.")
 
 
 def _local(path: Path) -> Located:

@@ -30,6 +30,8 @@ class Published:
         method: how.
         eps: radius of its training, such as ``"2/255"``.
         checked: the repository was seen on the hub under this name.
+        data: what it was fine-tuned on.
+        source: where its numbers are reported: an arXiv number, and where in it.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Published:
     method: str
     eps: str
     checked: bool
+    data: str
+    source: str
 
     @property
     def evidence(self) -> Evidence:

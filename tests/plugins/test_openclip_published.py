@@ -16,7 +16,8 @@ from open_clip import factory
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 
-from clipdefense import load_model
+from clipdefense import list_plugins, load_model
+from clipdefense.commands import doctor
 from clipdefense.errors import UsageError
 from clipdefense_openclip import checkpoint, published
 from clipdefense_openclip.published import find_published, published_for
@@ -66,6 +67,36 @@ def test_every_entry_names_an_architecture_with_its_activation() -> None:
     assert len({entry.hub for entry in entries.values()}) == len(entries)
 
 
+def test_the_page_has_the_table() -> None:
+    """One row a checkpoint, in the table's order, with everything that the table knows of it."""
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    expected = []
+    for entry in published.published().values():
+        activation = "QuickGELU" if entry.quick_gelu else "GELU"
+        paper = entry.source.partition(",")[0]
+        source = entry.source.replace(paper, f"[{paper}](https://arxiv.org/abs/{paper})")
+        training = f"{entry.method} from {entry.origin}, {entry.data}, {entry.eps}"
+        hub = f"[{entry.hub}](https://huggingface.co/{entry.hub})"
+        cells = (f"`{entry.name}`", f"`{entry.architecture}`", activation, training, hub, source)
+        expected.append(f"| {' | '.join(cells)} |")
+    assert rows == expected
+    unseen = [entry for entry in published.published().values() if not entry.checked]
+    assert ("None of these names has been looked up on the hub" in page) == (len(unseen) == len(expected))
+
+
+def test_what_lists_the_models_names_every_checkpoint_with_its_architecture() -> None:
+    """`clipdefense plugins` and `doctor` show the plugin's own line, which reads no table."""
+    (plugin,) = [each for each in list_plugins() if "open_clip" in {c.name for c in each.contributions}]
+    (summary,) = [c.summary for c in plugin.contributions if c.name == "open_clip"]
+    named = {}
+    for group in summary.partition("published robust ones: ")[2].split("; "):
+        architecture, *names = group.replace(", ", "").split("@")
+        named |= dict.fromkeys(names, architecture)
+    assert named == {name: entry.architecture for name, entry in published.published().items()}
+    assert summary in {finding.detail for finding in doctor.plugins()}
+
+
 def test_a_name_loads_with_quick_gelu(hub: Path) -> None:
     model = load_model("open_clip:small-clip-quickgelu@fare2", classes=["cat", "dog"], cache_dir=str(hub))
     assert any(isinstance(module, QuickGELU) for module in model.modules())
@@ -96,7 +127,7 @@ def test_another_architecture_is_named_the_right_one() -> None:
         find_published("ViT-B-16", "fare2")
     assert find_published("ViT-B-16", "openai") is None
     assert set(published_for("ViT-L-14")) == {"fare2", "fare4", "tecoa2", "tecoa4"}
-    with pytest.raises(UsageError, match="pretrained tag of ViT-L-14-quickgelu 'fare3' is unknown; did you mean"):
+    with pytest.raises(UsageError, match=r"^ViT-L-14-quickgelu: pretrained tag 'fare3' is unknown; did you mean"):
         load_model("open_clip:ViT-L-14-quickgelu@fare3", classes=["cat", "dog"])
 
 
