@@ -40,10 +40,10 @@ def report(
     from clipdefense.runs.results import read
     from clipdefense.runs.summary import write
 
-    check_places(html)
     if out is None and len(folders) > 1:
         raise UsageError(f"{len(folders)} runs are to stand together; name a folder for their files with --out.")
     target = folders[0] if out is None else out
+    check_places(html, target)
     runs = [read(folder, shards=True) for folder in folders]
     write(runs, target, baseline)
     page = write_page(runs, target / "report.html" if html is None else html, baseline=baseline)

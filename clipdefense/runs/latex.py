@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from itertools import groupby
 
-from clipdefense.runs.grids import mean_text
+from clipdefense.runs.grids import OVER_DATASETS, means_beside
 from clipdefense.runs.joint import Joint
 from clipdefense.runs.sums import Line, Mean, threats_of
 
@@ -33,17 +31,16 @@ def latex(joint: Joint, lines: Sequence[Line], found: Sequence[Mean]) -> str:
         LaTeX. Numbers are in %, clean and worst case per image, with their 95 % intervals, their caveats, and their
         image counts where they are not finished.
     """
-    threats = threats_of(joint)
-    columns = ("clean", *threats)
+    columns = ("clean", *threats_of(joint))
     datasets = tuple(dict.fromkeys(line.dataset for line in lines))
-    groups = [*datasets, *(["mean over data sets"] if found else [])]
+    groups = [*datasets, *([OVER_DATASETS] if found else [])]
     rows = []
     for model, defense in dict.fromkeys((line.model, line.defense) for line in lines):
         own = {
             line.dataset: (line.clean, *line.robust) for line in lines if (line.model, line.defense) == (model, defense)
         }
         values = [value for dataset in datasets for value in own.get(dataset, ("",) * len(columns))]
-        values += _means(found, model, defense, threats) if found else []
+        values += means_beside(joint, found, model, defense) if found else []
         rows.append(_row((model, defense, *values)))
     spans = [rf"\multicolumn{{{len(columns)}}}{{c}}{{{_escaped(group)}}}" for group in groups]
     return "\n".join(
@@ -61,22 +58,6 @@ def latex(joint: Joint, lines: Sequence[Line], found: Sequence[Mean]) -> str:
             "",
         ]
     )
-
-
-def _means(found: Sequence[Mean], model: str, defense: str, threats: Sequence[str]) -> list[str]:
-    """The clean mean over the most data sets, and the worst case under each threat model."""
-    own = [mean for mean in found if (mean.model, mean.defense) == (model, defense)]
-    clean = max((mean for mean in own if mean.attack == "clean"), key=lambda mean: len(mean.datasets), default=None)
-    worst = {threat: list(group)[-1] for threat, group in groupby(own, key=lambda mean: mean.threat)}
-    return [_mean(mean) for mean in (clean, *(worst.get(threat) for threat in threats))]
-
-
-def _mean(mean: Mean | None) -> str:
-    if mean is None:
-        return ""
-    caveat = re.search(r"\(.*\)$", mean.attack) if mean.bottom else None
-    partial = f"({mean.counted} data sets)" if mean.missing else ""
-    return " ".join(filter(None, (mean_text(mean), caveat[0][1:-1] if caveat else "", partial)))
 
 
 def _row(texts: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clipdefense.evaluation import report
-from clipdefense.runs.grids import glance_section, means_section
+from clipdefense.runs.grids import glance_section
 from clipdefense.runs.joint import Joint, joined
 from clipdefense.runs.results import notes, read
 from clipdefense.runs.sums import glance, means
@@ -31,10 +31,10 @@ def tables(console: Console, folder: str | Path, page: Path | None = None) -> No
     if page is None or len(joint.everything) <= SHOWN_CELLS:
         _cells(console, joint)
         return
-    for section in (glance_section(joint, glance(joint)), means_section(joint, means(joint))):
-        if section is not None and section.grid is not None:
-            console.print(_table(section))
-            _say(console, section.note)
+    section = glance_section(joint, glance(joint), means(joint))
+    if section is not None and section.grid is not None:
+        console.print(_table(section))
+        _say(console, section.note)
     unsound = [cell for cell in joint.cells if cell.unrepeatable]
     for cell in unsound:
         for note in notes(cell):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from clipdefense.cli import main
 from clipdefense.errors import UsageError
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.merge import merge
@@ -57,3 +60,26 @@ def test_overlaps_and_other_runs_are_refused(make_config: MakeConfig, tmp_path: 
     with pytest.raises(UsageError, match="holds no shard"):
         merge([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_the_command_says_where_the_page_is(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(make_config(exhibits=False), tmp_path / "parts", shard=Shard(0, 2), device="cpu")
+    out = tmp_path / "merged"
+    monkeypatch.setattr("sys.argv", ["clipdefense", "merge", str(tmp_path / "parts"), "--out", str(out)])
+    with pytest.raises(SystemExit) as leave:
+        main()
+    assert leave.value.code == 0 and (out / "report.html").is_file()
+    assert f"verdicts and summaries are in {out}, the page is {out / 'report.html'}" in capsys.readouterr().out
+
+
+def test_shards_of_other_attacks_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    """A row's number says which attack it is of, and means the same in every shard."""
+    for index in range(2):
+        run(make_config(exhibits=False), tmp_path / "parts", shard=Shard(index, 2), device="cpu")
+    (store,) = (tmp_path / "parts").glob("verdicts-1-of-2.sqlite")
+    with closing(sqlite3.connect(store)) as connection, connection:
+        connection.execute("UPDATE attacks SET attack = 'another'")
+    with pytest.raises(UsageError, match=r"^attacks\[0\]\[0\] is 'another', but the cell 'tiny \| none"):
+        merge([tmp_path / "parts"], tmp_path / "out")

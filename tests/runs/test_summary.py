@@ -21,6 +21,7 @@ from clipdefense.evaluation.statistics import macro, mcnemar
 from clipdefense.files import write_json
 from clipdefense.runs.compare import standing
 from clipdefense.runs.config import RunConfig, read_config
+from clipdefense.runs.grids import mean_text
 from clipdefense.runs.joint import joined
 from clipdefense.runs.merge import merge
 from clipdefense.runs.page import page_of, write_page
@@ -125,6 +126,7 @@ def test_what_is_not_finished_is_in_no_mean_and_no_curve(make_config: MakeConfig
     shares = [(cell.evaluation.worst_case().accuracy, cell.evaluation.n) for cell in cells if not cell.missing]
     assert (large.accuracy, large.interval) == macro(shares) and len(shares) == 2
     page = page_of(joint.runs)
+    assert "(2 of 3 data sets)" in section(page, "At a glance").grid.rows[-1][-1]
     assert "left out of the means (c)" in section(page, "Mean over data sets").note
     curves = section(page, "Accuracy against eps")
     assert "not finished: 1 of 6 combinations" in curves.note
@@ -221,6 +223,7 @@ def test_labels_are_text_in_every_file(grid: Path, tmp_path: Path) -> None:
     table = (tmp_path / "summary.tex").read_text()
     assert r"\multicolumn{3}{c}{two \& more}" in table and r"=tiny\_*\textless{}b\textgreater{} & none & " in table
     body = [line for line in table.splitlines() if line.endswith(r"\\")]
+    assert r"\multicolumn{3}{c}{mean over data sets}" in table
     assert len({len(re.findall(r"(?<!\\)&", line)) for line in body[1:]}) == 1 and len(body) == 2 + 2
     html = write_page(grid, tmp_path / "page.html").read_text()
     assert "step_size=1/255" in html and str(1 / 255) not in html.split('id="facts"')[0]
@@ -229,7 +232,9 @@ def test_labels_are_text_in_every_file(grid: Path, tmp_path: Path) -> None:
 def test_a_large_run_is_short_in_the_terminal(grid: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     short, full = text_of(grid, page), text_of(grid)
-    assert "At a glance" in short and "Mean over data sets" in short
+    assert "At a glance" in short and len(short.splitlines()) < 25
+    mean = next(one for one in reversed(means(joined(read(grid)))) if one.attack == "worst case per image")
+    assert mean_text(mean) in short.split("mean over data sets")[1]
     last = short.strip().splitlines()[-1]
     assert str(page) in last and str(grid / "summary.md") in last and "8 combinations" in last
     assert "At a glance" not in full and full.count("Accuracy in %") == 8  # without a page nothing else has them
@@ -283,9 +288,14 @@ def test_facts_say_what_differs_from_data_set_to_data_set(grid: Path) -> None:
         facts = {**cell.facts, "templates": ["a {}.", "b {}.", "c {}.", "d {}."], "templates_sha256": "abc"}
         return replace(cell, facts={**facts, "weights_sha256": cell.cell.dataset.label})
 
-    changed = RunResult(result.folder, result.config, result.facts, tuple(map(other, result.cells)))
+    contents = {label: dict(content) for label, content in result.facts["contents"].items()}
+    contents["one"]["said"] = {"resize": "shorter side to 224", "names": "tecoa/1", "names_sha256": "def"}
+    run_facts = {**result.facts, "contents": contents}
+    changed = RunResult(result.folder, result.config, run_facts, tuple(map(other, result.cells)))
     facts = page_of(changed).facts
     assert facts["model =tiny_*<b> on one"].endswith("weights one")
     assert facts["model =tiny_*<b> on two & more"].endswith("weights two & more")
     assert "model =tiny_*<b>" not in facts
+    assert "; resized by shorter side to 224; class names tecoa/1; their table def;" in facts["data set one"]
+    assert facts["data set two & more"].startswith("20 images of 3 classes, attacked at 16 x 16 px; labels ")
     assert facts["prompts of =tiny_*<b>"] == '4 templates: "a {}.", "b {}.", "c {}.", ...; hash abc'
