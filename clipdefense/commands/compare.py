@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipdefense.cli import Device
+from clipdefense.cli import Device, check_places
 
 
 def compare(
@@ -17,6 +17,9 @@ def compare(
     cell_b: Annotated[str | None, typer.Option("--cell-b", help="A cell of B by name.")] = None,
     transfer: Annotated[
         bool, typer.Option("--transfer", help="Also try A's perturbations (--save-adv) on B's model.")
+    ] = False,
+    across_threats: Annotated[
+        bool, typer.Option("--across-threats", help="Compare cells of another norm or eps, too.")
     ] = False,
     device: Device = None,
     out: Annotated[Path | None, typer.Option("--out", dir_okay=False, help="Write the result as JSON here.")] = None,
@@ -32,7 +35,8 @@ def compare(
     from clipdefense.runs.compare import transfer as try_on
     from clipdefense.runs.show import changes, transfers
 
-    found = changes_of(a, b, cell_a=cell_a, cell_b=cell_b)
+    check_places(out)
+    found = changes_of(a, b, cell_a=cell_a, cell_b=cell_b, across_threats=across_threats)
     changes(Console(), found)
     tried = try_on(a, b, cell_a=cell_a, cell_b=cell_b, device=device) if transfer else []
     transfers(Console(), tried)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipdefense.cli import Device, Quiet
+from clipdefense.cli import Device, Quiet, check_places
 
 
 def verify(
@@ -20,6 +20,10 @@ def verify(
         str | None, typer.Option("--data", "-d", help="Where the run's one data set is found here.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a forward; the run's otherwise.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", dir_okay=False, help="Write the proofs as JSON here; verify.json in the run otherwise."),
+    ] = None,
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
@@ -32,6 +36,7 @@ def verify(
     from clipdefense.runs.show import proofs
     from clipdefense.runs.verify import verify as prove
 
+    check_places(out)
     with Console(stderr=True, quiet=quiet).status("loading") as status:
         found = prove(
             folder,
@@ -40,6 +45,7 @@ def verify(
             seeds=seeds,
             model=model,
             data=data,
+            out=out,
             progress=status.update,
         )
     proofs(Console(), found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -35,6 +35,17 @@ def write_bank(path: Path, broken: Mapping[int, Broken]) -> None:
     write_tensors(path, tensors, {})
 
 
+def check_banks(paths: Iterable[Path]) -> None:
+    """Every file is there, so that a missing one shows before the others are worked on for hours.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise _unreadable(path, "there is no such file")
+
+
 def read_bank(path: Path) -> dict[int, Broken]:
     """What :func:`write_bank` wrote.
 
@@ -46,6 +57,8 @@ def read_bank(path: Path) -> dict[int, Broken]:
         numbers = sorted({int(name.partition(".")[0]) for name in tensors})
         return {number: (tensors[f"{number}.ids"], tensors[f"{number}.delta"]) for number in numbers}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UsageError(
-            f"perturbations {str(path)!r} cannot be read ({error}); what they prove has to be computed again."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, why: object) -> UsageError:
+    return UsageError(f"perturbations {str(path)!r} cannot be read ({why}); what they prove has to be computed again.")

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from clipdefense.attacks.foreign import clean_unless_within, within_budget
-from clipdefense.errors import UsageError, unknown_name
+from clipdefense.errors import UsageError, check_whole, unknown_name
 from clipdefense.evaluation.answers import ask
 from clipdefense.evaluation.results import Row
 from clipdefense.evaluation.statistics import mcnemar
+from clipdefense.runs.bank import bank_file, read_bank
 from clipdefense.runs.build import Builder, choose_device
 from clipdefense.runs.decode import Decoder
+from clipdefense.runs.likeness import WORST as WORST
+from clipdefense.runs.likeness import InCommon, in_common, rows_of, unlike
+from clipdefense.runs.pixels import Images, Pixels, same_images
 from clipdefense.runs.results import CellResult, RunResult, read
 from clipdefense.runs.store import check_same
-from clipdefense.runs.verify import SAME_IMAGES, Pieces, banks, check_images_same, check_subject
-
-WORST = "worst case per image"
+from clipdefense.runs.verify import SAME_IMAGES, check_images_same, check_kept, check_subject
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,16 @@ class Change:
 
     Attributes:
         a, b: the cells.
-        attack, attacked: the row; the worst case per image takes all rows that a run has.
+        attack, attacked: the row. The worst case per image takes all rows, or, where the runs attacked in different
+            ways, those that both have, and says so.
         n: images in common.
         both, neither: right in both runs, wrong in both.
         only_a, only_b: numbers of the images that are right in one run alone. An image is right where it is on every
             verdict seed.
+        threats: norm and eps in A and in B, such as ``"linf, eps 1/255"``.
+        notes: what else the two do not have in common, on the worst case alone.
+        withheld: why an audit withholds the robust accuracies of either; empty where none does. The counts stay, and
+            no output shows them.
     """
 
     a: str
@@ -47,6 +55,9 @@ class Change:
     neither: int
     only_a: tuple[int, ...]
     only_b: tuple[int, ...]
+    threats: tuple[str, str]
+    notes: tuple[str, ...] = ()
+    withheld: str = ""
 
     @property
     def p_value(self) -> float:
@@ -54,8 +65,18 @@ class Change:
         return mcnemar(len(self.only_a), len(self.only_b))
 
     def to_dict(self) -> dict[str, Any]:
-        counts = {"only_a": len(self.only_a), "only_b": len(self.only_b), "p_value": self.p_value}
-        return {**self.__dict__, "images_only_a": self.only_a, "images_only_b": self.only_b, **counts}
+        """JSON-ready; what is withheld is null."""
+        counts: dict[str, Any] = {
+            "both": self.both,
+            "neither": self.neither,
+            "only_a": len(self.only_a),
+            "only_b": len(self.only_b),
+            "images_only_a": self.only_a,
+            "images_only_b": self.only_b,
+            "p_value": self.p_value,
+        }
+        shown = dict.fromkeys(counts) if self.withheld else counts
+        return {**self.__dict__, **shown, "withheld": self.withheld or None}
 
 
 @dataclass(frozen=True)
@@ -64,50 +85,109 @@ class Transferred:
 
     Attributes:
         a, b: the cell that made them, the cell that is attacked.
-        tried: images that A has a perturbation for and that B calls robust.
+        tried: images that A has a perturbation for, within B's budget, and that B calls robust.
         broken: numbers of those that one of them breaks, on any verdict seed.
+        over_budget: images that B calls robust and for which all that A has is outside B's budget.
+        units: work units of B that were decoded; other_pixels: of them, those that hold other pixels here than in B's
+            run.
+        units_a, other_pixels_a: the same of A's; 0 where A is over another choice of images, which cannot be told.
+        withheld: as :class:`Change`.
     """
 
     a: str
     b: str
     tried: int
     broken: tuple[int, ...]
+    over_budget: int = 0
+    units: int = 0
+    other_pixels: int = 0
+    units_a: int = 0
+    other_pixels_a: int = 0
+    withheld: str = ""
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be said beside the counts."""
+        said = []
+        if self.over_budget and not self.withheld:
+            said.append(f"A's perturbations of {self.over_budget} more are outside B's threat model and were not tried")
+        looked_at = (("A", self.other_pixels_a, self.units_a), ("B", self.other_pixels, self.units))
+        said += [
+            f"{other} of {units} work units hold other pixels here than in {run}'s run: what breaks or does not in "
+            "them may be the images"
+            for run, other, units in looked_at
+            if other
+        ]
+        return said
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        """JSON-ready; what is withheld is null."""
+        hidden = dict.fromkeys(("tried", "broken", "over_budget")) if self.withheld else {}
+        return {**self.__dict__, **hidden, "withheld": self.withheld or None}
 
 
-def compare(a: str | Path, b: str | Path, *, cell_a: str | None = None, cell_b: str | None = None) -> list[Change]:
+def compare(
+    a: str | Path,
+    b: str | Path,
+    *,
+    cell_a: str | None = None,
+    cell_b: str | None = None,
+    across_threats: bool = False,
+) -> list[Change]:
     """Which images changed verdict from run A to run B.
 
     Args:
         a, b: their folders.
         cell_a, cell_b: cells by name, where it cannot be told which belong together.
+        across_threats: compare cells whose norm or eps differ, too.
 
     Returns:
         One :class:`Change` for each attack that both have, and one for the worst case, for each pair of cells.
 
     Raises:
-        UsageError: cells that do not fit together, or different datasets (naming the field).
+        UsageError: cells that do not fit together, different datasets (naming the field), another norm or eps, or no
+            attack in common.
     """
+    ours, theirs = read(a), read(b)
+    pairs = _pairs(ours, theirs, cell_a, cell_b)
+    for one, two in pairs:
+        if not across_threats:
+            _check_threats(one, two)
+    return [change for one, two in pairs for change in _changes(ours, one, theirs, two)]
+
+
+def _check_threats(one: CellResult, two: CellResult) -> None:
+    mine, other = (cell.cell.threat.threat for cell in (one, two))
+    if (mine.norm, mine.eps) != (other.norm, other.eps):
+        raise UsageError(
+            f"{one.cell.name!r} of A was attacked in {mine}, {two.cell.name!r} of B in {other}, and which is harder is "
+            "no matter of the model; compare cells of one threat model, or say --across-threats."
+        )
+
+
+def _changes(ours: RunResult, one: CellResult, theirs: RunResult, two: CellResult) -> list[Change]:
+    """One pair of cells."""
+    common, left, right = np.intersect1d(one.samples, two.samples, return_indices=True)
+    if (one.labels[left] != two.labels[right]).any():
+        raise UsageError(f"{one.cell.name!r} and {two.cell.name!r} have other labels for the same image numbers.")
+    mine, other = rows_of(one), rows_of(two)
+    worst = in_common(one, two)
+    judged = [InCommon(row.attack, row.attacked, [row], [other[key]]) for key, row in mine.items() if key in other]
+    judged.append(replace(worst, notes=(*worst.notes, *unlike(ours, one, theirs, two))))
+    threats = (str(one.cell.threat.threat), str(two.cell.threat.threat))
+    withheld = _withheld(one, two)
     changes = []
-    for one, two in _pairs(read(a), read(b), cell_a, cell_b):
-        common, left, right = np.intersect1d(one.samples, two.samples, return_indices=True)
-        if (one.labels[left] != two.labels[right]).any():
-            raise UsageError(f"{one.cell.name!r} and {two.cell.name!r} have other labels for the same image numbers.")
-        theirs_by_name = {(row.attack, row.attacked): row for row in two.evaluation.rows}
-        judged = [
-            (*name, standing(one, [row]), standing(two, [theirs_by_name[name]]))
-            for row in one.evaluation.rows
-            if (name := (row.attack, row.attacked)) in theirs_by_name
-        ]
-        judged.append((WORST, "all attacks", standing(one, None), standing(two, None)))
-        for attack, attacked, ours, theirs in judged:
-            in_a, in_b = ours[left], theirs[right]
-            counts = (len(common), int((in_a & in_b).sum()), int((~in_a & ~in_b).sum()))
-            moved = (tuple(common[in_a & ~in_b].tolist()), tuple(common[in_b & ~in_a].tolist()))
-            changes.append(Change(one.cell.name, two.cell.name, attack, attacked, *counts, *moved))
+    for row in judged:
+        in_a, in_b = standing(one, row.a)[left], standing(two, row.b)[right]
+        counts = (len(common), int((in_a & in_b).sum()), int((~in_a & ~in_b).sum()))
+        moved = (tuple(common[in_a & ~in_b].tolist()), tuple(common[in_b & ~in_a].tolist()))
+        names = (one.cell.name, two.cell.name, row.attack, row.attacked)
+        changes.append(Change(*names, *counts, *moved, threats, row.notes, withheld))
     return changes
+
+
+def _withheld(one: CellResult, two: CellResult) -> str:
+    return " ".join(dict.fromkeys(filter(None, (one.withheld, two.withheld))))
 
 
 def standing(cell: CellResult, rows: Sequence[Row] | None) -> NDArray[np.bool_]:
@@ -164,47 +244,81 @@ def transfer(
 ) -> list[Transferred]:
     """Run A's perturbations tried on run B's model: what they break there, B's own attacks have missed.
 
+    The threat models may differ: a perturbation counts where it is within B's.
+
     Args:
         a: a run made with ``save_adv``; b: the run whose model (and defence) is attacked.
         cell_a, cell_b: as :func:`compare`.
         device: where.
-        batch_size: images a forward; B's when not given.
+        batch_size: images a forward, at least 1; B's when not given.
 
     Raises:
-        UsageError: as :func:`compare`; A kept no perturbations; B's model is not at hand.
+        UsageError: cells that do not fit together, or different datasets (naming the field); A kept no perturbations;
+            B's model is not at hand.
     """
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 1)
     ours, theirs = read(a), read(b)
-    if not ours.config.save_adv:
-        raise UsageError(f"the run in {str(a)!r} kept no perturbations; make it again with --save-adv.")
     pairs = _pairs(ours, theirs, cell_a, cell_b)
+    check_kept(ours, [one for one, _ in pairs])
     builder = Builder(theirs.config, choose_device(device))
     check_images_same(builder, theirs)
     size = batch_size or theirs.config.batch_size
-    return [_transfer(ours, one, two, builder, size) for one, two in pairs]
+    return [_Transfer(ours, one, theirs, two, builder, size).tried() for one, two in pairs]
 
 
-def _transfer(ours: RunResult, one: CellResult, two: CellResult, builder: Builder, size: int) -> Transferred:
-    subject = builder.subject(two.cell)
-    check_subject(subject, two.facts, two.cell.name)
-    robust = standing(two, None)
-    labels = dict(zip(two.samples[robust].tolist(), two.labels[robust].tolist()))
-    tried: set[int] = set()
-    broken: set[int] = set()
-    with Decoder() as decoder:
-        pieces = Pieces(builder, two, decoder)
-        for bank in banks(ours, one):
-            for ids, delta in bank.values():
-                rows = [row for row, name in enumerate(ids.tolist()) if name in labels]
-                if not rows:
-                    continue
-                ids, x = ids[rows], pieces.images(ids[rows])
-                x_adv = x + delta[rows]
-                inside = within_budget(subject.threat, x, x_adv)
-                y = ids.new_tensor([labels[name] for name in ids.tolist()])
-                where = builder.device
-                x_adv = clean_unless_within(subject.threat, x, x_adv)
-                answers = ask(subject.judge, x_adv.to(where), y.to(where), ids.to(where), subject.seeds, size)
-                fallen = torch.from_numpy((answers.predicted != y.numpy()).any(axis=0)) & inside
-                tried.update(ids[inside].tolist())
-                broken.update(ids[fallen].tolist())
-    return Transferred(one.cell.name, two.cell.name, len(tried), tuple(sorted(broken)))
+class _Transfer:
+    """One cell's perturbations on another cell's model."""
+
+    def __init__(
+        self, ours: RunResult, one: CellResult, theirs: RunResult, two: CellResult, builder: Builder, size: int
+    ) -> None:
+        self.ours, self.one, self.theirs, self.two = ours, one, theirs, two
+        self.builder, self.size, self.subject = builder, size, builder.subject(two.cell)
+        check_subject(self.subject, two.facts, two.cell.name)
+        robust = standing(two, None)
+        self.labels = dict(zip(two.samples[robust].tolist(), two.labels[robust].tolist()))
+
+    def tried(self) -> Transferred:
+        inside: set[int] = set()
+        outside: set[int] = set()
+        broken: set[int] = set()
+        with Decoder() as decoder:
+            images = Images(self.builder, self.two.cell.dataset.label, decoder)
+            here = Pixels(images, self.theirs, self.two)
+            same = same_images(self.ours, self.one, self.theirs, self.two)
+            made_on = Pixels(images, self.ours, self.one) if same else None
+            for unit in self.one.banks:
+                used = False
+                for ids, delta in read_bank(bank_file(self.ours.folder, self.one.cell.number, unit)).values():
+                    rows = [row for row, name in enumerate(ids.tolist()) if name in self.labels]
+                    if rows:
+                        x = here.images(ids[rows])
+                        within, fallen = self._ask(x, x + delta[rows], ids[rows])
+                        inside.update(ids[rows][within].tolist())
+                        outside.update(ids[rows][~within].tolist())
+                        broken.update(ids[rows][fallen].tolist())
+                        used = True
+                if used and made_on is not None:
+                    made_on.unit(unit)
+        return Transferred(
+            self.one.cell.name,
+            self.two.cell.name,
+            tried=len(inside),
+            broken=tuple(sorted(broken)),
+            over_budget=len(outside - inside),
+            units=len(here.seen),
+            other_pixels=len(here.other),
+            units_a=len(made_on.seen) if made_on else 0,
+            other_pixels_a=len(made_on.other) if made_on else 0,
+            withheld=_withheld(self.one, self.two),
+        )
+
+    def _ask(self, x: Tensor, x_adv: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(k,) which perturbed images are within the budget, and which of those are misclassified on any seed."""
+        within = within_budget(self.subject.threat, x, x_adv)
+        y = ids.new_tensor([self.labels[name] for name in ids.tolist()])
+        where = self.builder.device
+        shown = clean_unless_within(self.subject.threat, x, x_adv).to(where)
+        answers = ask(self.subject.judge, shown, y.to(where), ids.to(where), self.subject.seeds, self.size)
+        return within, torch.from_numpy((answers.predicted != y.numpy()).any(axis=0)) & within

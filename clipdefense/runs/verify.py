@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clipdefense.attacks.foreign import clean_unless_within, within_budget
-from clipdefense.errors import UsageError
+from clipdefense.errors import UsageError, check_whole
 from clipdefense.evaluation.answers import ask
 from clipdefense.evaluation.statistics import Interval, wilson
 from clipdefense.files import write_json
-from clipdefense.runs.bank import Broken, bank_file, read_bank
+from clipdefense.runs.bank import Broken, bank_file, check_banks, read_bank
 from clipdefense.runs.build import Builder, Facts, Subject, choose_device
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.decode import Decoder
+from clipdefense.runs.pixels import Images, Pixels, unfinished
 from clipdefense.runs.results import NEAR, CellResult, RunResult, read
-from clipdefense.runs.store import check_same, writing
+from clipdefense.runs.store import check_same
 
 # What a verdict depends on wherever it is looked at; paths, versions and the machine may be others.
 SAME_MODEL = ("weights_sha256", "class_names_sha256", "image_size", "mean", "std", "dtype", "defense")
@@ -34,15 +37,21 @@ class Proof:
 
     Attributes:
         cell, attack, attacked: whose claims.
-        claims: (image, seed) pairs that the run calls not robust.
-        proved: misclassified again.
+        claims: (image, seed) pairs that the run calls not robust, on the seeds that are asked.
+        proved: of the claims, those misclassified again.
         near: not misclassified again, but with a margin below 1e-3.
         failed: not misclassified again, and by more than that.
-        over_budget: perturbations outside the threat model; none of their claims counts as proved.
-        images: claimed on any seed.
+        over_budget: with a perturbation outside the threat model, and so never proved.
+        images: claimed on any seed of the run.
         seeds: how many the defence was asked on.
-        broken_share: over those images and seeds, the share misclassified; its Wilson interval on the images.
-        failures: numbers of the first images that failed.
+        asked: (image, seed) pairs of those images and seeds, claimed or not.
+        wrong: of the asked, those misclassified within the budget.
+        broken_share: wrong of asked; its Wilson interval on the images.
+        failures: numbers of the first images that failed or were over budget.
+        units: work units of the cell that were decoded.
+        other_pixels: of them, those that hold other pixels here than in the run. Decoders differ by a grey level from
+            version to version; images that were replaced differ by more. Either may be why a claim fails.
+        failed_on_other_pixels: claims failed or over budget in those.
     """
 
     cell: str
@@ -58,6 +67,9 @@ class Proof:
     asked: int = 0
     wrong: int = 0
     failures: list[int] = field(default_factory=list)
+    units: int = 0
+    other_pixels: int = 0
+    failed_on_other_pixels: int = 0
 
     @property
     def broken_share(self) -> float:
@@ -71,8 +83,36 @@ class Proof:
     def holds(self) -> bool:
         return self.failed == 0 and self.over_budget == 0
 
+    @property
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """Claims, and what became of them: proved, near, failed, over budget, which add up to the claims."""
+        return self.claims, self.proved, self.near, self.failed, self.over_budget
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "broken_share": self.broken_share, "interval_95": self.interval}
+
+
+def closing(found: Sequence[Proof]) -> list[str]:
+    """What all the proofs come to, in a few sentences: the counts, and other pixels than the run's."""
+    claims, proved, near, failed, over = (sum(counts) for counts in zip((0,) * 5, *(proof.counts for proof in found)))
+    said = [f"{claims} claims: {proved} proved again, {near} within 1e-3, {failed} failed, {over} over budget"]
+    for proof in found:
+        if proof.seeds > 1 and proof.interval is not None:
+            share, (low, high) = 100 * proof.broken_share, proof.interval
+            interval = f"{share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+            said.append(
+                f"{proof.cell}: {proof.attack} ({proof.attacked}) breaks on {interval} of {proof.seeds} draws of its "
+                f"{proof.images} images"
+            )
+    cells = {proof.cell: (proof.other_pixels, proof.units) for proof in found}
+    other, units = (sum(counts) for counts in zip((0, 0), *cells.values()))
+    if other:
+        unlike = sum(proof.failed_on_other_pixels for proof in found)
+        said.append(
+            f"{other} of {units} work units hold other pixels here than in the run: what fails in them may be the "
+            f"images, not the attack ({unlike} of the {failed + over} claims that fail are in them)"
+        )
+    return said
 
 
 def relocated(config: RunConfig, model: str | None, data: str | None) -> RunConfig:
@@ -99,32 +139,43 @@ def verify(
     seeds: int | None = None,
     model: str | None = None,
     data: str | None = None,
+    out: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Proof]:
     """Classify every image that a run calls not robust again, with the perturbation it keeps.
 
+    The images' pixels are compared with the run's, a work unit at a time. Where they differ that is counted and no
+    refusal, since decoders differ. An unfinished run is warned of; what it has is proved.
+
     Args:
-        folder: a run made with ``save_adv``.
+        folder: a run made with ``save_adv``. It may be read-only.
         device: where; a GPU when there is one.
-        batch_size: images a forward; the run's when not given.
-        seeds: draws on which a randomised defence is asked; those of the run when not given.
+        batch_size: images a forward, at least 1; the run's when not given.
+        seeds: draws on which a randomised defence is asked, at least 1; those of the run when not given.
         model, data: where the run's model or dataset lies on this machine.
+        out: the JSON file for the proofs; ``verify.json`` in the folder when not given. Where it cannot be written,
+            a warning says so and the proofs are returned all the same.
         progress: told what begins.
 
     Returns:
-        One :class:`Proof` for each attack on each target, also written to ``verify.json`` in the folder.
+        One :class:`Proof` for each attack on each target.
 
     Raises:
-        UsageError: a run without perturbations, or another model, defence or dataset than its own (naming the field).
+        UsageError: a run without verdicts or perturbations, or another model, defence or dataset than its own (naming
+            the field).
     """
+    for name, value in (("seeds", seeds), ("batch_size", batch_size)):
+        if value is not None:
+            check_whole(name, value, 1)
     result = read(folder)
-    if not result.config.save_adv:
-        raise UsageError(f"the run in {str(folder)!r} kept no perturbations; make it again with --save-adv.")
-    if seeds is not None and seeds < 1:
-        raise UsageError(f"seeds is {seeds}; a whole number of at least 1 is expected.")
+    check_kept(result, result.cells)
     config = relocated(result.config, model, data)
     builder = Builder(config, choose_device(device))
     check_images_same(builder, result)
+    missing = unfinished(result)
+    if missing:
+        said = f"the run in {str(folder)!r} is NOT FINISHED: {missing} work units are missing; what is there is proved."
+        warnings.warn(said, stacklevel=2)
     proofs: list[Proof] = []
     for cell in result.cells:
         (progress or (lambda _: None))(cell.cell.name)
@@ -132,9 +183,25 @@ def verify(
         subject = builder.subject(own.cell)
         check_subject(subject, own.facts, cell.cell.name)
         proofs += _Verifier(result, own, subject, builder, batch_size or config.batch_size, seeds).proofs()
-    with writing(result.folder):
-        write_json(result.folder / "verify.json", {"proofs": [proof.to_dict() for proof in proofs]})
+    place = result.folder / "verify.json" if out is None else Path(out)
+    try:
+        write_json(place, {"missing_units": missing, "proofs": [proof.to_dict() for proof in proofs]})
+    except OSError as error:  # such as a published archive, whose proofs are worth no less
+        said = f"{str(place)!r} was not written ({error.strerror or error}); --out FILE writes it elsewhere."
+        warnings.warn(said, stacklevel=2)
     return proofs
+
+
+def check_kept(result: RunResult, cells: Sequence[CellResult]) -> None:
+    """
+    Raises:
+        UsageError: the run has no verdicts, kept no perturbations, or a file of these cells' is missing (naming it).
+    """
+    if not result.config.save_adv:
+        raise UsageError(f"the run in {str(result.folder)!r} kept no perturbations; make it again with --save-adv.")
+    if not result.cells:
+        raise UsageError(f"the run in {str(result.folder)!r} has no verdicts yet; let it finish a work unit first.")
+    check_banks(bank_file(result.folder, cell.cell.number, unit) for cell in cells for unit in cell.banks)
 
 
 def _found(tables: Any, label: str) -> Any:
@@ -146,9 +213,9 @@ def check_images_same(builder: Builder, result: RunResult) -> None:
     Raises:
         UsageError: a dataset holds other images, labels or classes than the run's.
     """
+    here = builder.facts()["contents"]  # hashes every dataset's numbers and labels
     for label, theirs in result.facts["contents"].items():
-        ours = builder.facts()["contents"][label]
-        check_same(_only(theirs, SAME_IMAGES), _only(ours, SAME_IMAGES), f"the run's dataset {label!r}")
+        check_same(_only(theirs, SAME_IMAGES), _only(here[label], SAME_IMAGES), f"the run's dataset {label!r}")
 
 
 def check_subject(subject: Subject, stored: Facts, name: str) -> None:
@@ -161,16 +228,6 @@ def check_subject(subject: Subject, stored: Facts, name: str) -> None:
 
 def _only(facts: Mapping[str, Any], keys: tuple[str, ...]) -> Facts:
     return {key: facts.get(key) for key in keys}
-
-
-def banks(result: RunResult, cell: CellResult) -> Iterator[dict[int, Broken]]:
-    """A cell's perturbations, unit by unit.
-
-    Raises:
-        UsageError: a file that the store promises is missing or damaged.
-    """
-    for unit in cell.banks:
-        yield read_bank(bank_file(result.folder, cell.cell.number, unit))
 
 
 class _Verifier:
@@ -189,68 +246,69 @@ class _Verifier:
         self.batch_size = batch_size
         count = len(cell.seeds) if seeds is None or not subject.randomized else seeds
         self.seeds = range(subject.seeds.start, subject.seeds.start + count)
-        self.place = {int(sample): place for place, sample in enumerate(cell.samples)}
+        self.claimed = cell.adversarial != cell.labels  # (attacks, seeds, n)
 
     def proofs(self) -> list[Proof]:
         name = self.cell.cell.name
         proofs = [Proof(name, *named[:2], seeds=len(self.seeds)) for named in self.cell.attacks]
-        claimed = self.cell.adversarial != self.cell.labels  # (attacks, seeds, n)
-        waiting = claimed.any(axis=1)
         with Decoder() as decoder:
-            pieces = Pieces(self.builder, self.cell, decoder)
-            for broken in banks(self.result, self.cell):
-                for number, (ids, delta) in broken.items():
-                    self._check(proofs[number], pieces.images(ids), ids, delta, claimed[number])
-                    waiting[number, [self.place[int(i)] for i in ids]] = False
-            # what is left fell without a perturbation: the clean image itself is the proof
-            for number in waiting.any(axis=1).nonzero()[0]:
-                for ids in torch.from_numpy(self.cell.samples[waiting[number]]).split(self.result.config.unit):
-                    x = pieces.images(ids)
-                    self._check(proofs[number], x, ids, torch.zeros_like(x), claimed[number])
+            images = Images(self.builder, self.cell.cell.dataset.label, decoder)
+            pixels = Pixels(images, self.result, self.cell)
+            units = pixels.units(self.cell.samples)
+            for unit in np.unique(units[self.claimed.any(axis=(0, 1))]):
+                self._unit(proofs, int(unit), units == unit, pixels)
+        for proof in proofs:
+            proof.units, proof.other_pixels = len(pixels.seen), len(pixels.other)
         return proofs
 
-    def _check(self, proof: Proof, x: Tensor, ids: Tensor, delta: Tensor, claimed: np.ndarray[Any, Any]) -> None:
-        """One piece of a bank: x clean, and what was added to it."""
+    def _unit(self, proofs: Sequence[Proof], unit: int, here: NDArray[np.bool_], pixels: Pixels) -> None:
+        """The claims in one work unit, attack by attack."""
+        path = bank_file(self.result.folder, self.cell.cell.number, unit)
+        broken = read_bank(path) if unit in self.cell.banks else {}
+        for number, proof in enumerate(proofs):
+            rows = (here & self.claimed[number].any(axis=0)).nonzero()[0]
+            if not len(rows):
+                continue
+            x = pixels.images(torch.from_numpy(self.cell.samples[rows]))
+            failed = self._check(proof, x, self._delta(x, rows, broken.get(number), path), rows, number)
+            if unit in pixels.other:
+                proof.failed_on_other_pixels += failed
+
+    def _delta(self, x: Tensor, rows: NDArray[np.int64], broken: Broken | None, path: Path) -> Tensor:
+        """(k, C, H, W) what was added to each image; where nothing was, the clean image itself is the proof."""
+        delta = torch.zeros_like(x)
+        if broken is not None:
+            if broken[1].shape[1:] != x.shape[1:]:
+                sizes = f"{tuple(broken[1].shape[1:])}, and images {tuple(x.shape[1:])}"
+                raise UsageError(f"perturbations {str(path)!r} have the shape {sizes}; they belong to another run.")
+            row = {int(sample): index for index, sample in enumerate(self.cell.samples[rows])}
+            # what a file holds of other images proves nothing
+            for sample, kept in zip(broken[0].tolist(), broken[1]):
+                if sample in row:
+                    delta[row[sample]] = kept
+        return delta
+
+    def _check(self, proof: Proof, x: Tensor, delta: Tensor, rows: NDArray[np.int64], number: int) -> int:
+        """x clean, and what was added to it; returns how many claims fail."""
         x_adv = x + delta
-        rows = [self.place[int(i)] for i in ids]
-        y = torch.from_numpy(self.cell.labels[rows])
+        ids, y = (torch.from_numpy(values[rows]) for values in (self.cell.samples, self.cell.labels))
         device = self.builder.device
         inside = within_budget(self.subject.threat, x, x_adv).numpy()
         shown = clean_unless_within(self.subject.threat, x, x_adv).to(device)
         answers = ask(self.subject.judge, shown, y.to(device), ids.to(device), self.seeds, self.batch_size)
         wrong = (answers.predicted != y.numpy()) & inside
-        stored = claimed[:, rows][: len(self.seeds)]
+        stored = self.claimed[number][:, rows][: len(self.seeds)]
         again, margin = wrong[: len(stored)], answers.margin[: len(stored)]
         lost = stored & ~again & inside
         near = lost & (np.abs(margin) < NEAR)
+        bad = (lost & ~near) | (stored & ~inside)
         proof.claims += int(stored.sum())
         proof.proved += int((stored & again).sum())
         proof.near += int(near.sum())
         proof.failed += int((lost & ~near).sum())
-        proof.over_budget += int((~inside).sum())
+        proof.over_budget += int((stored & ~inside).sum())
         proof.images += len(ids)
         proof.asked += wrong.size
         proof.wrong += int(wrong.sum())
-        bad = ((lost & ~near).any(axis=0) | ~inside).nonzero()[0]
-        proof.failures = [*proof.failures, *(int(ids[i]) for i in bad)][:20]
-
-
-class Pieces:
-    """Clean images of a cell by their number."""
-
-    def __init__(self, builder: Builder, cell: CellResult, decoder: Decoder) -> None:
-        label = cell.cell.dataset.label
-        self.dataset, self.shape = builder.datasets[label], builder.shapes[label]
-        self.index = {int(sample): index for index, sample in enumerate(self.dataset.ids)}
-        self.decoder = decoder
-
-    def images(self, ids: Tensor) -> Tensor:
-        """(k, C, H, W), on the CPU.
-
-        Raises:
-            UsageError: one that could be decoded before cannot be now.
-        """
-        batch = self.decoder.begin(self.dataset, [self.index[int(i)] for i in ids], self.shape).result()
-        if batch.corrupt:
-            raise UsageError(f"an image that the run has verdicts on cannot be decoded here: {batch.corrupt[0][1]}")
-        return batch.x
+        proof.failures = [*proof.failures, *ids.numpy()[bad.any(axis=0)].tolist()][:20]
+        return int(bad.sum())

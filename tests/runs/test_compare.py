@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clipdefense.errors import UsageError
-from clipdefense.runs.compare import WORST, compare, mcnemar, transfer
+from clipdefense.runs.compare import WORST, compare, mcnemar, standing, transfer
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.results import read
 from clipdefense.runs.run import run
@@ -36,7 +36,7 @@ def pair(make_config: MakeConfig, tmp_path: Path) -> tuple[Path, Path]:
 def test_the_images_that_changed(pair: tuple[Path, Path]) -> None:
     a, b = (read(folder).cells[0] for folder in pair)
     by_attack = {change.attack: change for change in compare(*pair)}
-    assert set(by_attack) == {"pgd", WORST}
+    assert set(by_attack) == {"pgd", f"{WORST}, over the 1 attack both have"}
     change = by_attack["pgd"]
     right_a, right_b = (cell.adversarial[0, 0] == cell.labels for cell in (a, b))
     assert change.n == 40 and change.both + change.neither + len(change.only_a) + len(change.only_b) == 40
@@ -49,9 +49,11 @@ def test_the_images_that_changed(pair: tuple[Path, Path]) -> None:
 
 def test_one_runs_perturbations_on_the_other(pair: tuple[Path, Path]) -> None:
     (found,) = transfer(*pair, device="cpu")
-    worst = compare(*pair)[-1]
-    # the model is the same, so that what A's bank breaks is what A has broken and B has not
-    assert found.broken == worst.only_b and found.tried == len(found.broken) > 0
+    a, b = (read(folder).cells[0] for folder in pair)
+    # the model is the same, so that what A's bank breaks is what A has broken and B, under all its attacks, has not
+    only_b = tuple(a.samples[standing(b, None) & ~standing(a, None)].tolist())
+    assert found.broken == only_b and found.tried == len(found.broken) > 0
+    assert found.units == found.units_a > 0 and found.notes == []
     with pytest.raises(UsageError, match="kept no perturbations"):
         transfer(pair[1], pair[0], device="cpu")
 
@@ -61,7 +63,10 @@ def test_a_perturbation_outside_the_others_budget_does_not_count(
 ) -> None:
     run(make_config(threats=[{"eps": "0.5/255", "steps": 1}]), tmp_path / "tight", device="cpu")
     (found,) = transfer(pair[0], tmp_path / "tight", device="cpu")
-    assert found.tried == 0 and found.broken == ()
+    assert found.tried == 0 and found.broken == () and found.over_budget > 0
+    assert found.notes == [
+        f"A's perturbations of {found.over_budget} more are outside B's threat model and were not tried"
+    ]
 
 
 def test_cells_are_matched_by_name_or_named(make_config: MakeConfig, tmp_path: Path, specs: tuple[str, str]) -> None:
