@@ -92,7 +92,9 @@ def unlike(ours: RunResult, one: CellResult, theirs: RunResult, two: CellResult)
         mine, other = (getattr(threat, name) for threat in threats)
         if mine != other:
             yield f"attacks that do not say otherwise: {name} {mine} in A, {other} in B"
-    if len(one.seeds) != len(two.seeds):
+    # a model that draws nothing is judged once, and would say the same on every draw
+    drawn = all(len(cell.seeds) == run.config.verdict_seeds for run, cell in ((ours, one), (theirs, two)))
+    if drawn and len(one.seeds) != len(two.seeds):
         yield f"right on every draw: of {len(one.seeds)} in A, of {len(two.seeds)} in B"
     other, units = unlike_units(ours, one, theirs, two)
     if other:

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from clipdefense.evaluation import report
 from clipdefense.runs.compare import Change, Transferred
-from clipdefense.runs.terminal import tables as tables
 from clipdefense.runs.verify import Proof, closing
 
 SHOWN = 24
@@ -34,6 +33,8 @@ def proofs(console: Console, found: Sequence[Proof]) -> None:
             shown.add_row(*names, *map(str, proof.counts), style=None if proof.holds else "red")
         if rows:
             console.print(shown)
+        for line in filter(None, (proof.share_in_words for proof in rows)):
+            console.print(escape(line), soft_wrap=True)
     if many:
         shown = _counted("Not robust, proved again", ("cell",), OUTCOMES)
         for cell, attacks in cells.items():

@@ -80,6 +80,15 @@ class Proof:
         return wilson(self.broken_share, self.images) if self.images else None
 
     @property
+    def share_in_words(self) -> str:
+        """The broken share of a randomised defence with its interval; empty where one draw says it all."""
+        if self.seeds == 1 or self.interval is None:
+            return ""
+        low, high = self.interval
+        share = f"{100 * self.broken_share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"{self.attack} ({self.attacked}) breaks on {share} of {self.seeds} draws of its {self.images} images"
+
+    @property
     def holds(self) -> bool:
         return self.failed == 0 and self.over_budget == 0
 
@@ -96,14 +105,6 @@ def closing(found: Sequence[Proof]) -> list[str]:
     """What all the proofs come to, in a few sentences: the counts, and other pixels than the run's."""
     claims, proved, near, failed, over = (sum(counts) for counts in zip((0,) * 5, *(proof.counts for proof in found)))
     said = [f"{claims} claims: {proved} proved again, {near} within 1e-3, {failed} failed, {over} over budget"]
-    for proof in found:
-        if proof.seeds > 1 and proof.interval is not None:
-            share, (low, high) = 100 * proof.broken_share, proof.interval
-            interval = f"{share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-            said.append(
-                f"{proof.cell}: {proof.attack} ({proof.attacked}) breaks on {interval} of {proof.seeds} draws of its "
-                f"{proof.images} images"
-            )
     cells = {proof.cell: (proof.other_pixels, proof.units) for proof in found}
     other, units = (sum(counts) for counts in zip((0, 0), *cells.values()))
     if other:
