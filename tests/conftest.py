@@ -18,6 +18,11 @@ from torch import Tensor
 import clipdefense
 from clipdefense.classifier import ZeroShotClassifier
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # threads of workers that run side by side spin against each other: the tests then take ten times as long
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
 CLASSES = tuple(f"thing {i}" for i in range(10))
 
 

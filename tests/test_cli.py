@@ -244,7 +244,11 @@ def test_train_writes_weights_that_evaluate_reads(
         ({"size": None, "data": "folder:MIXED"}, [], "several shapes"),
         ({"split": "validation"}, [], "validation"),
         ({"device": "gpu7"}, [], "--device 'gpu7' cannot be used here"),
-        ({"model": None}, [], "Missing option '--model' / '-m', or a TOML file. `clipdefense evaluate --help`"),
+        (
+            {"model": None},
+            [],
+            "Missing option '--model' / '-m', or a TOML file, or --run with the folder of a run that has begun. `clip",
+        ),
         ({}, ["--epps", "1"], "--epps"),
         ({}, ["--out", "."], "'.' is a directory"),
     ],

@@ -33,6 +33,7 @@ def test_the_parts_of_an_ensemble_are_those_that_ran() -> None:
     assert parts("autoattack,stages={'square': {'queries': 0}, 'fab-t': {'steps': 9}},seed=1") == standard - {"square"}
     assert parts("pgd,steps=10") == {"pgd"} and parts("other:SquareAttack") == {"square"}
     assert not parts("autoattack,stages=anything") and not parts("autoattack,version=nonesuch")
+    assert parts("autoattack,stages=apgd-ce+apgd-dlr") == {"apgd-ce", "apgd-dlr"}
 
 
 @pytest.mark.parametrize(

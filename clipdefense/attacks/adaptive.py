@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from clipdefense.attacks.autoattack import stages_of
 from clipdefense.errors import UsageError, check_whole
 from clipdefense.threat import ThreatModel
 
@@ -73,8 +74,26 @@ class EmbeddingTarget(nn.Module):
         return self.embed(x)
 
 
-def passes(name: str, threat: ThreatModel, options: Mapping[str, Any], classes: int) -> int | None:
-    """Passes of one image through the model under an attack, a draw each, if it is never broken.
+class Passes(NamedTuple):
+    """Passes of one image through the model, if it is never broken.
+
+    Attributes:
+        steep: forwards with a backward.
+        plain: forwards alone.
+        draws: of each, where nobody says how many.
+    """
+
+    steep: int
+    plain: int = 0
+    draws: int = 1
+
+    @property
+    def total(self) -> int:
+        return self.steep + self.plain
+
+
+def passes(name: str, threat: ThreatModel, options: Mapping[str, Any], classes: int) -> Passes | None:
+    """What an attack spends on one image, a draw each, if it is never broken.
 
     Args:
         name: the attack's.
@@ -83,17 +102,22 @@ def passes(name: str, threat: ThreatModel, options: Mapping[str, Any], classes: 
         classes: of the model.
 
     Returns:
-        Forwards, each with a backward but for ``square``; None for an attack that is not this library's own.
+        None for an attack that is not this library's own.
     """
+    if name == "autoattack":
+        stages = stages_of(options.get("version", "standard"), options.get("stages"))
+        own = options.get("stages") if isinstance(options.get("stages"), Mapping) else {}
+        parts = [passes(stage, threat, {**given, **(own or {}).get(stage, {})}, classes) for stage, _, given in stages]
+        steep, plain, draws = zip(*filter(None, parts))
+        return Passes(sum(steep), sum(plain), max(draws))
     steps, targets = options.get("steps", 100), min(options.get("targets", 9), classes - 1)
-    iterates = steps + 1
+    draws_each = options.get("eot", 1)
     counts = {
-        "pgd": threat.steps * threat.restarts,
-        "apgd-ce": iterates,
-        "apgd-dlr": iterates,
-        "apgd-t": iterates * targets,
-        "fab-t": 2 * steps * targets,
-        "square": options.get("queries", 5000),
-        "autoattack": 2 * 101 if options.get("version") == "rand" else 101 + (101 + 200) * targets + 5000,
+        "pgd": (threat.steps * threat.restarts, 0),
+        "apgd-ce": ((steps + 1) * options.get("restarts", 1), 0),
+        "apgd-dlr": ((steps + 1) * options.get("restarts", 1), 0),
+        "apgd-t": ((steps + 1) * targets, 0),
+        "fab-t": (steps * targets, steps * targets),
+        "square": (0, options.get("queries", 5000)),
     }
-    return counts.get(name)
+    return Passes(*counts[name], draws_each) if name in counts else None

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from clipdefense.attacks import engine
 from clipdefense.attacks.norms import BALLS, Ball, per_image, project
 from clipdefense.attacks.objectives import Objective, get_objective
-from clipdefense.attacks.options import attack
-from clipdefense.attacks.targets import over_targets
+from clipdefense.attacks.options import attack, labelled, parameter_free
+from clipdefense.attacks.targets import over_restarts, over_targets
 from clipdefense.errors import check_number, check_whole
 from clipdefense.threat import ThreatModel
 
@@ -109,6 +109,7 @@ def _check(steps: int, alpha: float, rho: float) -> None:
     check_number("rho", rho, 0, 1)
 
 
+@parameter_free
 @attack
 def apgd(
     model: nn.Module,
@@ -118,11 +119,12 @@ def apgd(
     *,
     objective: str | Objective = "ce",
     steps: int = 100,
+    restarts: int = 1,
     alpha: float = 0.75,
     rho: float = 0.75,
     **options: Any,
 ) -> Tensor:
-    """Auto-PGD: step size chosen by progress, first step ``2 * eps``, best point kept. One restart.
+    """Auto-PGD: step size chosen by progress, first step ``2 * eps``, best point kept.
 
     Args:
         model: images in [0, 1] -> logits.
@@ -131,6 +133,8 @@ def apgd(
         threat: norm and eps; its steps, step size and restarts do not apply here.
         objective: what to maximise: ``"ce"`` (APGD-CE), ``"dlr"`` (APGD-DLR), ``"margin"`` or ``(logits, y) -> (N,)``.
         steps: iterations (published: 100).
+        restarts: runs from fresh random starts, each on the images that those before it left standing (published: 1 in
+            AutoAttack's standard version, 5 in its custom one).
         alpha: weight of the step against momentum (published: 0.75).
         rho: share of ascending steps below which the step size is halved (published: 0.75).
         options: see :class:`clipdefense.attacks.options.Options`.
@@ -140,16 +144,24 @@ def apgd(
     """
     task, loss = engine.Task.of(model, x, y, threat, options), get_objective(objective)
     _check(steps, alpha, rho)
+    check_whole("restarts", restarts, 1)
     if threat.eps == 0 or steps == 0:
         return task.x.clone()
-    method = _APGD(BALLS[threat.norm], threat.eps, steps, task.seed, 0, alpha, rho)
-    return engine.run(task, method, loss, labels=not callable(objective)).x_adv
+
+    def once(restart: int, rows: Tensor) -> engine.Outcome:
+        label = f"restart {restart + 1} of {restarts}" if restarts > 1 else ""
+        standing = task.rows(rows, labelled(task.options.progress, label))
+        method = _APGD(BALLS[threat.norm], threat.eps, steps, task.seed, restart, alpha, rho)
+        return engine.run(standing, method, loss, labels=not callable(objective))
+
+    return over_restarts(task, restarts, once)
 
 
 apgd_ce = partial(apgd, objective="ce")
 apgd_dlr = partial(apgd, objective="dlr")
 
 
+@parameter_free
 @attack
 def apgd_t(
     model: nn.Module,

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -138,9 +138,24 @@ def attack(function: AttackFunction) -> AttackFunction:
     return cast(AttackFunction, called)
 
 
+def parameter_free(function: AttackFunction) -> AttackFunction:
+    """Marks an attack that takes norm and eps of the threat model alone, not its steps, step size or restarts."""
+    function.parameter_free = True  # type: ignore[attr-defined]
+    return function
+
+
 def takes_doubts(function: Callable[..., Tensor]) -> bool:
     """Whether what the attack sees can be asked of it: it was made with :func:`attack`, and takes ``doubts=``."""
-    return bool(getattr(function, "takes_doubts", False))
+    return bool(getattr(_bare(function), "takes_doubts", False))
+
+
+def takes_effort(function: Callable[..., Tensor]) -> bool:
+    """Whether the threat model's steps, step size and restarts mean anything to the attack."""
+    return not getattr(_bare(function), "parameter_free", False)
+
+
+def _bare(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function.func if isinstance(function, partial) else function
 
 
 def labelled(progress: Progress | None, label: str) -> Progress | None:

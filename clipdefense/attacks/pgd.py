@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from clipdefense.attacks import engine
 from clipdefense.attacks.context import predict
-from clipdefense.attacks.forward import Embedder, keyed
+from clipdefense.attacks.forward import Embedder
 from clipdefense.attacks.norms import BALLS, Ball, project
 from clipdefense.attacks.objectives import Objective, drift, get_objective
 from clipdefense.attacks.options import attack
+from clipdefense.attacks.targets import over_restarts
 from clipdefense.checks import check_labels
 from clipdefense.errors import UsageError
 from clipdefense.threat import ThreatModel
@@ -70,12 +71,6 @@ class _Search:
         goal = None if self.goal is None else self.goal[rows]
         keys = tuple(key[rows] for key in self.keys)
         return engine.run(task, method, self.loss, keys=keys, goal=goal, labels=self.labels)
-
-    def standing(self, model: nn.Module, x_adv: Tensor, rows: Tensor) -> Tensor:
-        """(n,) which of those rows are not broken at x_adv."""
-        keys = keyed(model, self.task.ids[rows], self.task.seed)
-        predicted = predict(model, x_adv[rows], batch_size=self.task.options.batch_size, **keys).argmax(dim=1)
-        return predicted == self.task.y[rows] if self.goal is None else predicted != self.goal[rows]
 
 
 def _search(task: engine.Task, objective: str | Objective, target: Tensor | None) -> _Search:
@@ -142,16 +137,9 @@ def pgd(
     search = _search(task, objective, target)
     if threat.eps == 0 or threat.steps == 0:
         return task.x.clone()
-    ball, result, left = BALLS[threat.norm], task.x.clone(), torch.arange(len(x), device=x.device)
-    for restart in range(threat.restarts):
-        settings = (ball, threat.eps, threat.alpha, threat.steps, task.seed, restart, random_start)
-        method = _PGD(*settings) if init is None else _FromInit(init.to(task.x), task.ids, *settings)
-        outcome = search.run(method, left)
-        result[left] = outcome.x_adv
-        if restart + 1 < threat.restarts:
-            left = left[~outcome.broken]
-            if len(left):  # their last iterates have not been judged yet
-                left = left[search.standing(model, result, left)]
-            if not len(left):
-                break
-    return result
+
+    def once(restart: int, rows: Tensor) -> engine.Outcome:
+        settings = (BALLS[threat.norm], threat.eps, threat.alpha, threat.steps, task.seed, restart, random_start)
+        return search.run(_PGD(*settings) if init is None else _FromInit(init.to(task.x), task.ids, *settings), rows)
+
+    return over_restarts(task, threat.restarts, once, search.goal)

@@ -1,4 +1,4 @@
-"""Targeted attacks as untargeted ones: towards one wrong class after the other, most likely first."""
+"""One attack several times: towards one wrong class after the other, or from one random start after the other."""
 
 from __future__ import annotations
 
@@ -51,4 +51,32 @@ def over_targets(task: Task, count: int, towards: Towards) -> Tensor:
         further = gap > best[left]
         result[left] = torch.where(per_image(further, reached), reached, result[left])
         best[left] = torch.maximum(best[left], gap)
+    return result
+
+
+def over_restarts(task: Task, count: int, once: Callable[[int, Tensor], Outcome], goal: Tensor | None = None) -> Tensor:
+    """Attack ``count`` times, each time the images that still stand.
+
+    Args:
+        task: model, images, labels, and how.
+        count: restarts.
+        once: ``(number of the restart, rows) -> Outcome`` of those images.
+        goal: (N,) classes: an image has fallen once classified as its goal; None, as anything but its label.
+
+    Returns:
+        (N, C, H, W): the point that broke the image, or where the last restart left it.
+    """
+    result, left = task.x.clone(), torch.arange(len(task.x), device=task.x.device)
+    for restart in range(count):
+        outcome = once(restart, left)
+        result[left] = outcome.x_adv
+        if restart + 1 == count:
+            break
+        left = left[~outcome.broken]
+        if len(left):  # what did not leave early has not been judged where it ended
+            keys = keyed(task.model, task.ids[left], task.seed)
+            predicted = predict(task.model, result[left], batch_size=task.options.batch_size, **keys).argmax(dim=1)
+            left = left[predicted == task.y[left] if goal is None else predicted != goal[left]]
+        if not len(left):
+            break
     return result

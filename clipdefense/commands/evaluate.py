@@ -114,9 +114,8 @@ def evaluate(
     """Clean and robust accuracy: models x defences x data sets x threat models, from flags, a TOML file or a protocol.
 
     A test-time defence is judged on transferred images and by an attacker who knows it. With --run every verdict is
-    kept, image by image, with summaries and a page; killed at any moment, the same command goes on, and so does
-    `clipdefense evaluate --run FOLDER` alone. Shards may share the folder (`clipdefense merge` joins them), and
-    `accelerate launch` or `torchrun` gives each process one. Example:
+    kept, with summaries and a page; killed at any moment, `clipdefense evaluate --run FOLDER` goes on. Shards may share
+    the folder (`clipdefense merge` joins them); `accelerate launch` or `torchrun` gives each process one. Example:
 
     clipdefense evaluate -m open_clip:ViT-B-32-quickgelu@openai -d torchvision:cifar10 --defense ttc --n 200
 
@@ -124,34 +123,25 @@ def evaluate(
 
     clipdefense evaluate -m open_clip:ViT-B-32-quickgelu@openai --protocol ttc-224 --root /data --run results/ttc
     """
-    tables = {
-        "models": model,
-        "datasets": _datasets(data, n, split, size, protocol),
-        "defenses": _defenses(defense, option, view, eot),
-        "threats": _threats(eps, norm),
-        "attacks": attack,
-        "also": also,
-    }
+    tables = {"models": model, "datasets": _datasets(data, n, split, size, protocol), "threats": _threats(eps, norm)}
+    tables |= {"defenses": _defenses(defense, option, view, eot), "attacks": attack, "also": also}
     settings = {"protocol": protocol, "root": root, "cumulative": cumulative, "adaptive": adaptive, "seed": seed}
     settings |= {"verdict_seeds": verdict_seeds, "save_adv": save_adv, "batch_size": batch_size}
     config = _config(file, run, tables, **settings)
     check_places(out, html)
     _check_outputs(config, run, out, {"--shard": shard, "--save-adv": save_adv})
-    for flag, asked in (("--audit", audit), ("--fail-under", fail_under is not None)):
-        if asked and shard is not None:
-            raise UsageError(f"{flag} is for a run in one piece; merge the shards, then --run MERGED {flag}.")
+    _check_whole(shard, {"--audit": audit, "--fail-under": fail_under is not None})
     with nullcontext(str(run)) if run is not None else tempfile.TemporaryDirectory() as place:
-        try:
-            done = _run(config, Path(place), shard, device, audit, quiet)
-        except KeyboardInterrupt:
-            if run is not None:
-                typer.echo(f"every finished work unit is safe; clipdefense evaluate --run {run} goes on", err=True)
-            raise
+        done = _run(config, Path(place), run is not None, shard, device, audit, quiet)
         _tell(Path(place), run, done, out, html)
-        missed = [] if fail_under is None else _missed(Path(place), fail_under)
-    for text in missed:
-        typer.echo(text, err=True)
+        _fail(Path(place), fail_under)
+
+
+def _fail(folder: Path, percent: float | None) -> None:
+    """Exit code 1, and why, where a combination is under the floor."""
+    missed = [] if percent is None else _missed(folder, percent)
     if missed:
+        typer.echo("\n".join(missed), err=True)
         raise typer.Exit(1)
 
 
@@ -172,7 +162,9 @@ def _missed(folder: Path, percent: float) -> list[str]:
     return found
 
 
-def _run(config: RunConfig, folder: Path, shard: str | None, device: str | None, audit: bool, quiet: bool) -> int:
+def _run(
+    config: RunConfig, folder: Path, kept: bool, shard: str | None, device: str | None, audit: bool, quiet: bool
+) -> int:
     """The work units that are not done yet, and the audit; how many units they were."""
     from clipdefense.runs.build import choose_device
     from clipdefense.runs.run import run
@@ -180,10 +172,15 @@ def _run(config: RunConfig, folder: Path, shard: str | None, device: str | None,
 
     part = None if shard is None else Shard.parse(shard)
     target = None if device is None else choose_device(device, argument="--device")
-    with shown(quiet) as progress:
-        done = run(config, folder, shard=part, device=target, progress=progress)
-        if audit:
-            _audit(folder, target, progress)
+    try:
+        with shown(quiet) as progress:
+            done = run(config, folder, shard=part, device=target, progress=progress)
+            if audit:
+                _audit(folder, target, progress)
+    except KeyboardInterrupt:
+        if kept:
+            typer.echo(f"every finished work unit is safe; clipdefense evaluate --run {folder} goes on", err=True)
+        raise
     return done
 
 
@@ -214,6 +211,12 @@ def _check_outputs(config: RunConfig, run: Path | None, out: Path | None, kept: 
     if out is not None and (several > 1 or run is not None):
         where = "the folder of --run holds summary.json" if run is not None else "--run DIR keeps them all"
         raise UsageError(f"--out is for one combination without --run ({several} here); {where}.")
+
+
+def _check_whole(shard: str | None, asked: dict[str, bool]) -> None:
+    for flag, given in asked.items():
+        if given and shard is not None:
+            raise UsageError(f"{flag} is for a run in one piece; merge the shards, then --run MERGED {flag}.")
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -261,8 +264,9 @@ def _audit(folder: Path, device: str | None, progress: Any) -> None:
     from clipdefense.audit import audit as examine
     from clipdefense.files import write_json
     from clipdefense.runs.build import Builder, choose_device
-    from clipdefense.runs.results import audit_file, read, write_summary
+    from clipdefense.runs.results import audit_file, read
     from clipdefense.runs.run import Progress, first_images
+    from clipdefense.runs.summary import write
 
     result = read(folder)
     builder = Builder(result.config, choose_device(device))
@@ -280,7 +284,7 @@ def _audit(folder: Path, device: str | None, progress: Any) -> None:
             subject.model, x, y, subject.threat, defense=subject.defense, seed=result.config.seed, progress=say
         )
         write_json(path, {"cell": cell.cell.name, **found.to_dict()})
-    write_summary(folder)
+    write(read(folder), folder)
 
 
 class shown:
@@ -328,22 +332,22 @@ def _tell(folder: Path, run: Path | None, done: int, out: Path | None, html: Pat
     from clipdefense.files import write_json
     from clipdefense.runs.page import write_page
     from clipdefense.runs.results import read
-    from clipdefense.runs.show import tables
     from clipdefense.runs.store import stores_in
+    from clipdefense.runs.terminal import tables
 
     def say(text: str) -> None:
         Console().print(text, soft_wrap=True, markup=False, highlight=False)
 
-    if not (folder / "summary.json").exists() or len(stores_in(folder)) > 1:
+    if any(not store.stem.endswith("-of-1") for store in stores_in(folder)):
         say(f"{done} work units of this shard now; when all are done: clipdefense merge {folder} --out MERGED")
         return
-    tables(Console(), folder)
+    page = None if run is None else write_page(folder)
+    tables(Console(), folder, page)
     if out is not None:
         (cell,) = read(folder).cells
         table = cell.cell.dataset
         write_json(out, {"data": table.spec, "split": table.split, "size": table.size, **cell.evaluation.to_dict()})
     if html is not None:
         write_page(folder, html)
-    if run is not None:
-        page = write_page(folder)
+    if page is not None:
         say(f"{done} work units now; verdicts and summaries are in {folder}, the page is {page}")

@@ -56,9 +56,13 @@ def estimate(
             if count is None:
                 unknown.append(str(spec))
                 continue
-            each = _seconds(target.module, few, gradient=spec.name != "square")
-            eot = options.get("eot", target.draws)
-            spent[target.label] = spent.get(target.label, 0.0) + count * eot * each
+            each = sum(
+                times * _seconds(target.module, few, gradient)
+                for times, gradient in ((count.steep, True), (count.plain, False))
+                if times
+            )
+            eot = options.get("eot", count.draws if target.early_stop is None else target.draws)
+            spent[target.label] = spent.get(target.label, 0.0) + eot * each
     scale = len(x) / len(few)
     slowest = max(spent, key=lambda label: spent[label], default="")
     text = f"about {spell(scale * (verdicts + sum(spent.values())))} for {attacks} attacks on {len(x)} images"

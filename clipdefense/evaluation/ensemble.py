@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clipdefense.attacks.autoattack import VERSIONS
+from clipdefense.attacks.autoattack import VERSIONS, Stages, stages_of
+from clipdefense.errors import UsageError
 
 STANDARD: tuple[str, ...] = tuple(name for name, _, _ in VERSIONS["standard"])
 """The attacks of AutoAttack's standard version."""
@@ -27,8 +28,7 @@ def parts(attack: str) -> frozenset[str]:
         attack: as a row has it, such as ``"+ autoattack,version=rand"``; ``"plugin:Name"`` counts as its name.
 
     Returns:
-        Of AutoAttack the stages of its version, without those whose budget ``stages=`` sets to 0; of another attack
-        itself.
+        Of AutoAttack its stages, without those whose budget ``stages=`` sets to 0; of another attack itself.
     """
     name, options = _read(attack)
     if name == "squareattack":
@@ -36,10 +36,11 @@ def parts(attack: str) -> frozenset[str]:
     if name != "autoattack":
         return frozenset({name})
     stages = _stages(options)
-    names = [stage for stage, _, _ in VERSIONS.get(options.get("version", "standard"), ())]
-    if stages is None:
-        return frozenset()
-    return frozenset(stage for stage in names if _works(stages.get(stage, {})))
+    own = stages if isinstance(stages, Mapping) else {}
+    with contextlib.suppress(UsageError):  # what it does not know is not known to have run
+        known = stages_of(options.get("version", "standard"), stages)
+        return frozenset(stage for stage, _, _ in known if _works(own.get(stage, {})))
+    return frozenset()
 
 
 def is_autoattack(attack: str) -> bool:
@@ -64,13 +65,16 @@ def _read(attack: str) -> tuple[str, dict[str, str]]:
     return name.rpartition(":")[2].strip().lower(), dict(_OPTION.findall(options))
 
 
-def _stages(options: Mapping[str, str]) -> Mapping[str, Any] | None:
-    """What ``stages=`` says; None where that cannot be read."""
+def _stages(options: Mapping[str, str]) -> Stages:
+    """What ``stages=`` says: names joined by +, or a mapping."""
+    text = options.get("stages")
+    if text is None or not text.startswith("{"):
+        return text
     with contextlib.suppress(ValueError, SyntaxError):
-        found = ast.literal_eval(options.get("stages", "{}"))
+        found = ast.literal_eval(text)
         if isinstance(found, Mapping):
             return found
-    return None
+    return text
 
 
 def _works(options: Mapping[str, Any]) -> bool:

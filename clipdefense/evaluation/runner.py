@@ -21,7 +21,7 @@ from clipdefense.attacks.adaptive import Adaptive, passes
 from clipdefense.attacks.context import predict
 from clipdefense.attacks.doubts import Doubts
 from clipdefense.attacks.engine import prepare
-from clipdefense.attacks.options import Progress, labelled, takes_doubts
+from clipdefense.attacks.options import Progress, labelled, takes_doubts, takes_effort
 from clipdefense.defenses import TestTimeDefense, ViewModule
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.evaluation.answers import ask
@@ -81,7 +81,7 @@ class AttackSpec:
         parameters = inspect.signature(attack).parameters.values()
         own = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        of_threat = {f.name for f in fields(ThreatModel)} - {"norm", "eps"}
+        of_threat = {f.name for f in fields(ThreatModel)} - {"norm", "eps"} if takes_effort(attack) else set()
         passed: dict[str, Any] = {}
         changed: dict[str, Any] = {}
         for key, value in self.options:
@@ -204,8 +204,7 @@ def evaluate(
         ids: (N,) distinct image ids that key every draw; 0 .. N-1 when not given.
         batch_size: images a forward.
         keep_adversarial: keep each attack's images in the rows.
-        on_row: given each attack's row and its images (N, C, H, W), on x's device, as soon as they are judged. An image
-            judged is x plus a perturbation of its dtype, to the last bit: the difference, stored, gives it back.
+        on_row: given each row and its images (N, C, H, W), on x's device: x plus what can be stored, to the last bit.
         progress: told what begins, such as ``"ttc: pgd on adaptive view bpda-eot"``.
         watch: told how far each attack is, see :func:`clipdefense.attacks.progress_bar`. With it, ``progress`` is told
             at the start how long the attacks on a defence will take.
@@ -361,7 +360,7 @@ class _Job:
             count = None
             if spec.name in SINGLE and not target.early_stop and not options.get("compile"):
                 count = passes(spec.name, budget, options, classes=0)
-            each = None if count is None else count * options.get("eot", target.draws)
+            each = None if count is None else count.total * options.get("eot", target.draws)
             with watched(target.module, stage, int(rows.sum()), each, self.watch):
                 arguments = common | options
                 x_adv[rows] = function(

@@ -291,15 +291,6 @@ def _cell(
     )
 
 
-def write_summary(folder: str | Path) -> RunResult:
-    """As :func:`clipdefense.runs.summary.write` of one run in one piece, into its own folder."""
-    from clipdefense.runs.summary import write  # it is made from what is here
-
-    result = read(folder)
-    write([result], result.folder)
-    return result
-
-
 def notes(cell: CellResult) -> list[str]:
     """What a reader of the numbers has to know besides them."""
     found = []

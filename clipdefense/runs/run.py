@@ -24,8 +24,9 @@ from clipdefense.runs.build import Builder, Subject, choose_device
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.decode import Batch, Decoder
 from clipdefense.runs.judge import Say, judge_unit
-from clipdefense.runs.results import write_summary
+from clipdefense.runs.results import read
 from clipdefense.runs.store import Finished, Store, writing
+from clipdefense.runs.summary import write
 from clipdefense.runs.units import Cell, Job, Shard, cells, jobs
 
 
@@ -82,7 +83,7 @@ def run(
         loop.all(pending)
     if part.count == 1:
         with writing(folder):
-            write_summary(folder)
+            write(read(folder), folder)
     return len(pending)
 
 

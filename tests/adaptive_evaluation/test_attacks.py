@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -86,15 +87,21 @@ class TestTime:
 
     def test_passes_of_an_attack(self) -> None:
         twice = cd.ThreatModel("linf", 1 / 255, steps=7, restarts=2)
-        counted = {
-            ("pgd", ()): 14,
-            ("apgd-ce", ()): 101,
-            ("apgd-t", (("steps", 5), ("targets", 2))): 12,
-            ("apgd-t", ()): 303,
-            ("square", (("queries", 9),)): 9,
-            ("autoattack", (("version", "rand"),)): 202,
-            ("art:DeepFool", ()): None,
-        }
-        for (name, options), count in counted.items():
-            assert passes(name, twice, dict(options), classes=4) == count, name
+        stages = {"square": {"queries": 7}, "apgd-t": {"targets": 1}}
+        counted: list[tuple[str, dict[str, Any], tuple[int, int, int] | None]] = [
+            ("pgd", {}, (14, 0, 1)),
+            ("apgd-ce", {}, (101, 0, 1)),
+            ("apgd-ce", {"restarts": 5}, (505, 0, 1)),
+            ("apgd-t", {"steps": 5, "targets": 2}, (12, 0, 1)),
+            ("apgd-t", {}, (303, 0, 1)),
+            ("fab-t", {"steps": 5}, (15, 15, 1)),
+            ("square", {"queries": 9}, (0, 9, 1)),
+            ("autoattack", {}, (101 + 303 + 300, 300 + 5000, 1)),
+            ("autoattack", {"version": "rand"}, (202, 0, 20)),
+            ("autoattack", {"stages": "apgd-dlr+square"}, (101, 5000, 1)),
+            ("autoattack", {"stages": stages}, (101 + 101 + 300, 300 + 7, 1)),
+            ("art:DeepFool", {}, None),
+        ]
+        for name, options, count in counted:
+            assert passes(name, twice, options, classes=4) == count, (name, options)
         assert [spell(seconds) for seconds in (0.2, 42, 130, 5399, 9000)] == ["1 s", "42 s", "2 min", "90 min", "2.5 h"]

@@ -101,8 +101,8 @@ def test_attacks_radii_sets_and_splits_are_the_published_ones() -> None:
     ]
     assert tga.attacks[0].startswith("pgd,steps=100,step_size=1/255")
     assert ttc.attacks[0].startswith("pgd,steps=10,step_size=1/255")
-    assert vlm.attacks == ("apgd-ce", "apgd-t,targets=9") and vlm.cumulative
-    assert vlm.attacks_on("pcam") == ("apgd-ce",) and vlm.subset == Subset(1000, "uniform", 0)
+    assert vlm.attacks == ("apgd-ce,restarts=5", "apgd-t,targets=9") and vlm.cumulative
+    assert vlm.attacks_on("pcam") == ("apgd-ce,restarts=5",) and vlm.subset == Subset(1000, "uniform", 0)
     assert "tiny-imagenet" not in ttc.headline and len(ttc.headline) == 16 and "country211" in ttc.headline
     assert "country211" not in tga.datasets and len(tga.headline) == 16 and len(vlm.headline) == 13
     for name in ("caltech101", "caltech256", "sun397", "eurosat"):

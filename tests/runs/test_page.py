@@ -25,8 +25,9 @@ from clipdefense.files import write_json
 from clipdefense.runs.build import Builder
 from clipdefense.runs.config import read_config
 from clipdefense.runs.page import page_of, write_page
-from clipdefense.runs.results import audit_file, read, write_summary
+from clipdefense.runs.results import audit_file, read
 from clipdefense.runs.run import run
+from clipdefense.runs.summary import write
 from clipdefense.runs.units import cells
 
 INVALID = {
@@ -135,7 +136,8 @@ def test_an_invalid_audit_withholds_every_robust_number(folder: Path) -> None:
     bad = next(cell for cell in result.cells if cell.cell.name == "tiny <&> | random-noise | one | linf 4/255")
     write_json(audit_file(folder, bad.cell.number), INVALID)
     write_json(audit_file(folder, 0), {"verdict": "PASS", "withheld": None, "findings": []})
-    result = write_summary(folder)
+    result = read(folder)
+    write(result, folder)
     entry = next(e for e in json.loads((folder / "summary.json").read_text())["results"] if e["cell"] == bad.cell.name)
     assert entry["unreliable"] is True and entry["withheld"] == INVALID["withheld"]
     assert [row["accuracy"] is None for row in entry["rows"]] == [row["attack"] != "clean" for row in entry["rows"]]

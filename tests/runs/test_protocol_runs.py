@@ -100,7 +100,7 @@ def test_a_run_under_a_protocol(specs: tuple[str, str], root: Path, tmp_path: Pa
         ({"protocol": "ttc"}, "protocol 'ttc' is unknown; did you mean 'ttc-224'"),
         ({"attacks": ["pgd"]}, r"key 'attacks' is \['pgd'\], but protocol 'ttc-224' says"),
         ({"adaptive": True}, "key 'adaptive' is True, but protocol 'ttc-224' says False"),
-        ({"datasets": ["mnist"]}, "data set of protocol 'ttc-224' 'mnist' is unknown"),
+        ({"datasets": ["mnist"]}, "protocol 'ttc-224': data set 'mnist' is unknown"),
         ({"datasets": [{"spec": "cifar10", "size": 32}]}, "datasets has the key 'size', which protocol 'ttc-224' says"),
         (
             {"threats": [{"eps": "8/255"}]},

@@ -25,7 +25,7 @@ from clipdefense.runs.grids import mean_text
 from clipdefense.runs.joint import joined
 from clipdefense.runs.merge import merge
 from clipdefense.runs.page import page_of, write_page
-from clipdefense.runs.results import CellResult, RunResult, audit_file, read, write_summary
+from clipdefense.runs.results import CellResult, RunResult, audit_file, read
 from clipdefense.runs.robustbench import entry
 from clipdefense.runs.run import run
 from clipdefense.runs.summary import write
@@ -199,7 +199,7 @@ def test_a_withheld_number_is_in_no_file(grid: Path, tmp_path: Path) -> None:
         if file.is_file():
             (folder / file.name).write_bytes(file.read_bytes())
     write_json(audit_file(folder, bad.cell.number), {"verdict": "INVALID", "withheld": "planted.", "findings": []})
-    write_summary(folder)
+    write(read(folder), folder)
     stored = json.loads((folder / "summary.json").read_text())
     hidden = [one for one in stored["means"] if one["accuracy"] is None]
     assert {(one["defense"], one["threat"]) for one in hidden} == {("random-noise", "linf 4/255")}
