@@ -87,7 +87,7 @@ class CellResult:
             if self.facts.get("cumulative"):
                 correct = still_standing(correct, rows[-1].correct if attack.startswith(AFTER) else clean.correct)
             rows.append(Row(attack, view, correct, None, cast(Kind, kind), draws))
-        # the store numbers them attack by attack as they ran; people read them target by target
+        # an adaptive evaluation comes back to the model itself at its end; people read target by target
         targets = list(dict.fromkeys(row.attacked for row in rows))
         rows.sort(key=lambda row: targets.index(row.attacked))
         what = (
