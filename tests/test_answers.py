@@ -82,3 +82,19 @@ def test_each_row_is_told_with_the_images_that_were_judged(
             assert row.adversarial is not None and torch.equal(row.adversarial, x_adv)
     # of a cumulative row the answers are those to its own images, `correct` counts those before it
     assert (told[1][0].correct <= told[0][0].correct).all()
+
+
+def test_parts_join_with_all_that_was_said(tiny_model: cd.ZeroShotClassifier, images: Tensor, labels: Tensor) -> None:
+    ids = torch.arange(12)
+    whole = cd.evaluate(tiny_model, images, labels, THREAT, attacks=["pgd"], ids=ids)
+    parts = [
+        cd.evaluate(tiny_model, images[part], labels[part], THREAT, attacks=["pgd"], ids=ids[part])
+        for part in (slice(0, 5), slice(5, 12))
+    ]
+    joined = cd.evaluation.Evaluation.joined(parts)
+    for ours, theirs in zip((joined.clean, *joined.rows), (whole.clean, *whole.rows)):
+        assert ours.answers is not None and theirs.answers is not None
+        assert ours.answers.predicted.tolist() == theirs.answers.predicted.tolist()
+        np.testing.assert_allclose(ours.answers.margin, theirs.answers.margin, atol=1e-4)
+    assert joined.rows[0].steps is not None and whole.rows[0].steps is not None
+    assert joined.rows[0].steps.tolist() == whole.rows[0].steps.tolist()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clipdefense.attacks import engine
 from clipdefense.attacks.norms import BALLS, Ball, per_image, project
 from clipdefense.attacks.objectives import Objective, get_objective
-from clipdefense.attacks.options import attack, labelled, parameter_free
+from clipdefense.attacks.options import attack, checks_at_zero, labelled, parameter_free
 from clipdefense.attacks.targets import over_restarts, over_targets
 from clipdefense.errors import check_number, check_whole
 from clipdefense.threat import ThreatModel
@@ -109,6 +109,7 @@ def _check(steps: int, alpha: float, rho: float) -> None:
     check_number("rho", rho, 0, 1)
 
 
+@checks_at_zero
 @parameter_free
 @attack
 def apgd(
@@ -161,6 +162,7 @@ apgd_ce = partial(apgd, objective="ce")
 apgd_dlr = partial(apgd, objective="dlr")
 
 
+@checks_at_zero
 @parameter_free
 @attack
 def apgd_t(

@@ -18,7 +18,7 @@ from clipdefense.attacks.apgd import apgd_ce, apgd_dlr, apgd_t
 from clipdefense.attacks.context import check_finite, predict
 from clipdefense.attacks.fab import fab_t
 from clipdefense.attacks.forward import keyed
-from clipdefense.attacks.options import Options, attack, labelled, parameter_free
+from clipdefense.attacks.options import Options, attack, checks_at_zero, labelled, parameter_free
 from clipdefense.attacks.square import square
 from clipdefense.checks import check_labels
 from clipdefense.errors import UsageError, check_known, check_options, check_whole, unknown_name
@@ -51,6 +51,7 @@ VERSIONS: dict[str, tuple[Stage, ...]] = {
 }
 
 
+@checks_at_zero
 @parameter_free
 @attack
 def autoattack(

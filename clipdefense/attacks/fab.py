@@ -18,7 +18,7 @@ from clipdefense.attacks import engine
 from clipdefense.attacks.context import sent
 from clipdefense.attacks.norms import BALLS, l2_norm, per_image, project
 from clipdefense.attacks.objectives import targeted_margin
-from clipdefense.attacks.options import attack, parameter_free
+from clipdefense.attacks.options import attack, checks_at_zero, parameter_free
 from clipdefense.attacks.targets import over_targets
 from clipdefense.errors import check_number, check_whole
 from clipdefense.threat import Norm, ThreatModel
@@ -153,6 +153,7 @@ class _FAB:
         return project(BALLS[self.norm], s["x"], torch.where(per_image(found, s["x"]), s["best"], s["x_adv"]), self.eps)
 
 
+@checks_at_zero
 @parameter_free
 @attack
 def fab_t(

@@ -144,6 +144,17 @@ def parameter_free(function: AttackFunction) -> AttackFunction:
     return function
 
 
+def checks_at_zero(function: AttackFunction) -> AttackFunction:
+    """Marks an attack that with eps 0 checks all its options and attacks nothing, so that it can be tried for free."""
+    function.checks_at_zero = True  # type: ignore[attr-defined]
+    return function
+
+
+def can_be_tried(function: Callable[..., Tensor]) -> bool:
+    """Whether the attack was marked with :func:`checks_at_zero`."""
+    return bool(getattr(_bare(function), "checks_at_zero", False))
+
+
 def takes_doubts(function: Callable[..., Tensor]) -> bool:
     """Whether what the attack sees can be asked of it: it was made with :func:`attack`, and takes ``doubts=``."""
     return bool(getattr(_bare(function), "takes_doubts", False))

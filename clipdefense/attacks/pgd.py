@@ -13,7 +13,7 @@ from clipdefense.attacks.context import predict
 from clipdefense.attacks.forward import Embedder
 from clipdefense.attacks.norms import BALLS, Ball, project
 from clipdefense.attacks.objectives import Objective, drift, get_objective
-from clipdefense.attacks.options import attack
+from clipdefense.attacks.options import attack, checks_at_zero
 from clipdefense.attacks.targets import over_restarts
 from clipdefense.checks import check_labels
 from clipdefense.errors import UsageError
@@ -92,6 +92,7 @@ def _search(task: engine.Task, objective: str | Objective, target: Tensor | None
     )
 
 
+@checks_at_zero
 @attack
 def pgd(
     model: nn.Module,

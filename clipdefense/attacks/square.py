@@ -17,7 +17,7 @@ from clipdefense.attacks import engine
 from clipdefense.attacks.context import sent
 from clipdefense.attacks.norms import BALLS, l2_norm, per_image, project
 from clipdefense.attacks.objectives import Objective, get_objective
-from clipdefense.attacks.options import attack, parameter_free
+from clipdefense.attacks.options import attack, checks_at_zero, parameter_free
 from clipdefense.errors import check_number, check_whole
 from clipdefense.threat import ThreatModel
 
@@ -224,6 +224,7 @@ class _SquareL2(_Square):
         return torch.where(inside, self.patterns[row, torch.where(turn, c, r), torch.where(turn, r, c)], 0.0)[:, None]
 
 
+@checks_at_zero
 @parameter_free
 @attack
 def square(

@@ -28,6 +28,12 @@ class Answers:
     predicted: NDArray[np.int64]
     margin: NDArray[np.float64]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Answers]) -> Answers:
+        """Those of the parts' images, one part after the other."""
+        predicted, margins = ([getattr(part, name) for part in parts] for name in ("predicted", "margin"))
+        return cls(np.concatenate(predicted, axis=1), np.concatenate(margins, axis=1))
+
 
 def ask(judge: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seeds: Sequence[int], batch_size: int) -> Answers:
     """Ask the judged model, once a seed.

@@ -147,8 +147,15 @@ class Evaluation:
 
         def join(rows: Sequence[Row]) -> Row:
             kept = [row.adversarial for row in rows if row.adversarial is not None]
-            pictures = torch.cat(kept) if len(kept) == len(rows) else None
-            return replace(rows[0], correct=np.concatenate([row.correct for row in rows], axis=1), adversarial=pictures)
+            steps = [row.steps for row in rows if row.steps is not None]
+            answers = [row.answers for row in rows if row.answers is not None]
+            return replace(
+                rows[0],
+                correct=np.concatenate([row.correct for row in rows], axis=1),
+                adversarial=torch.cat(kept) if len(kept) == len(rows) else None,
+                steps=np.concatenate(steps) if len(steps) == len(rows) else None,
+                answers=Answers.joined(answers) if len(answers) == len(rows) else None,
+            )
 
         rows = tuple(join(same_attack) for same_attack in zip(*(part.rows for part in parts)))
         why = " ".join(dict.fromkeys(part.withheld for part in parts if part.withheld))

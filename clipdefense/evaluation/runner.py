@@ -21,7 +21,7 @@ from clipdefense.attacks.adaptive import Adaptive, passes
 from clipdefense.attacks.context import predict
 from clipdefense.attacks.doubts import Doubts
 from clipdefense.attacks.engine import prepare
-from clipdefense.attacks.options import Progress, labelled, takes_doubts, takes_effort
+from clipdefense.attacks.options import Progress, can_be_tried, labelled, takes_doubts, takes_effort
 from clipdefense.defenses import TestTimeDefense, ViewModule
 from clipdefense.errors import UsageError, unknown_name
 from clipdefense.evaluation.answers import ask
@@ -30,6 +30,7 @@ from clipdefense.evaluation.fingerprint import constructed, fingerprint
 from clipdefense.evaluation.results import Evaluation, Kind, Row, still_standing
 from clipdefense.evaluation.roles import check_counts, check_roles
 from clipdefense.evaluation.targets import TRANSFER, Plan, Target, has_views, is_randomized, select, views_of
+from clipdefense.generators import global_seed
 from clipdefense.plugins import get_attack
 from clipdefense.threat import ThreatModel, parse_eps
 
@@ -130,7 +131,7 @@ def parse_attacks(attacks: Sequence[str | AttackSpec], threat: ThreatModel) -> l
 
 
 def rehearse(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, specs: Sequence[AttackSpec]) -> None:
-    """Start each attack on one image that may not be changed, so that options of the wrong kind show at once.
+    """Start each attack that can be tried on one image that may not be changed: options of the wrong kind show at once.
 
     Args:
         model: what is going to be attacked.
@@ -143,13 +144,13 @@ def rehearse(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, specs:
     """
     for spec in specs:
         function, budget, options = spec.bind(threat)
-        if not options:
+        if not options or not can_be_tried(function):
             continue  # what the threat model has was checked when it was made
         try:
-            with warnings.catch_warnings(), torch.random.fork_rng():
+            with warnings.catch_warnings(), global_seed(0):
                 warnings.simplefilter("ignore")  # what is doubtful is told when it is attacked in earnest
                 function(model, x, y, replace(budget, eps=0.0, step_size=None), **options)
-        except (UsageError, TypeError, ValueError) as error:
+        except (UsageError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
             raise UsageError(f"attack {str(spec)!r} cannot be run: {error}") from error
 
 

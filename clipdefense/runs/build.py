@@ -79,7 +79,14 @@ def choose_device(name: str | None, local_rank: int = 0, argument: str = "device
 
 
 class Builder:
-    """Loads what cells name: each dataset once, and the model and defence of the latest cell."""
+    """Loads what cells name: each dataset once, and the model and defence of the latest cell.
+
+    Attributes:
+        config, device: as given.
+        datasets: by label.
+        samples: of each the first image that can be decoded, with its label.
+        shapes: (C, H, W) of its images.
+    """
 
     def __init__(self, config: RunConfig, device: str) -> None:
         """
@@ -100,7 +107,8 @@ class Builder:
                 _defense_class(defense)
         self.protocol = None if config.protocol is None else get_protocol(config.protocol)
         self.datasets = self._datasets()
-        self.shapes = {label: _shape(dataset) for label, dataset in self.datasets.items()}
+        self.samples = {label: _first(dataset) for label, dataset in self.datasets.items()}
+        self.shapes = {label: tuple(image.shape) for label, (image, _) in self.samples.items()}
         self._model: tuple[tuple[str, str], nn.Module] | None = None
         self._subject: tuple[int, Subject] | None = None
         self._hashes: dict[int, str] = {}
@@ -216,11 +224,11 @@ def _construct(table: DefenseTable, model: nn.Module) -> TestTimeDefense | None:
         raise UsageError(f"defence {table.spec!r} cannot be built with {given}: {error}.") from error
 
 
-def _shape(dataset: ImageDataset) -> tuple[int, ...]:
-    """(C, H, W) of the first image that can be decoded."""
+def _first(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
+    """The first image that can be decoded, (C, H, W) in [0, 1], and its label, ()."""
     for index in range(len(dataset)):
         try:
-            return tuple(dataset[index][0].shape)
+            return dataset[index][0], dataset.labels[index]
         except UsageError as error:
             problem = error
     raise UsageError(f"no image of data set {dataset.name!r} can be decoded; the last: {problem}") from problem

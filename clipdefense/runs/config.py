@@ -179,8 +179,8 @@ class RunConfig(_Table):
         unit: consecutive images that are decoded, attacked and committed together; 512 at most.
         save_adv: keep the perturbation that broke each image.
         exhibits: keep an attack's losses on a few images and pictures of them, for the page.
-        batch_size: images a forward, halved when memory runs out; it, the exhibits and the device may change on a
-            resume, and every row records what the batch size was.
+        batch_size: images a forward, halved when memory runs out; every row records what it was. It, the exhibits,
+            the device, the root and the specs of what has a name may change on a resume.
 
     Raises:
         UsageError: from :func:`read_config`, with the key.
@@ -235,8 +235,19 @@ class RunConfig(_Table):
         return list(dict.fromkeys(parse_attacks([*attacks, *self.also], row.threat)))
 
     def facts(self) -> dict[str, Any]:
-        """What two parts of one run must have in common: every key that a verdict may depend on."""
-        return self.model_dump(mode="json", exclude={"batch_size", "exhibits"})
+        """What two parts of one run must have in common: every key that a verdict may depend on.
+
+        Where something lies is not among them, as far as it has a name: its weights and images are compared themselves.
+        """
+        facts = self.model_dump(mode="json", exclude={"batch_size", "exhibits", "root"})
+        for row in [*facts["models"], *(facts["datasets"] if self.protocol is None else [])]:
+            if row["name"]:
+                del row["spec"]
+        return facts
+
+    def settings(self) -> dict[str, Any]:
+        """The rest, which may change on a resume: places, and matters of the machine."""
+        return self.model_dump(mode="json", include={"models", "datasets", "root", "batch_size", "exhibits"})
 
 
 def _fixed(protocol: Protocol, content: Mapping[str, Any]) -> dict[str, Any]:

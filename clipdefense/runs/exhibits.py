@@ -6,6 +6,7 @@ images.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from clipdefense.evaluation.charts import Trace
 from clipdefense.evaluation.report import Strip
 from clipdefense.evaluation.runner import AttackSpec
 from clipdefense.evaluation.targets import TRANSFER, UNDEFENDED, select, views_of
-from clipdefense.runs.build import Subject
+from clipdefense.runs.build import Facts, Subject
 from clipdefense.runs.units import Cell
 from clipdefense.weights import write_tensors
 
@@ -262,8 +263,19 @@ def exhibit_file(folder: Path, cell: int) -> Path:
     return folder / FOLDER / f"cell-{cell}.safetensors"
 
 
-def write(path: Path, exhibit: Exhibit) -> None:
+def identity(cell: Cell, facts: Facts) -> str:
+    """Of what an exhibit is: the cell's name, threat model and fingerprint, hashed."""
+    what = {"name": cell.name, "threat": asdict(cell.threat.threat), "facts": facts}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def write(path: Path, exhibit: Exhibit, of: str) -> None:
     """Write it, whole or not at all.
+
+    Args:
+        path: the file.
+        exhibit: what is kept.
+        of: its :func:`identity`.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -281,11 +293,11 @@ def write(path: Path, exhibit: Exhibit) -> None:
             {"title": strip.title, "captions": [text for text, _ in strip.pictures]} for strip in exhibit.strips
         ],
     }
-    write_tensors(path, tensors, {"exhibit": json.dumps(head)})
+    write_tensors(path, tensors, {"exhibit": json.dumps(head), "of": of})
 
 
-def read(path: Path) -> Exhibit | None:
-    """What :func:`write` wrote; None where there is none.
+def read(path: Path, of: str) -> Exhibit | None:
+    """What :func:`write` wrote; None where there is none, or where it is of something else.
 
     Raises:
         UsageError: the file is damaged.
@@ -294,7 +306,10 @@ def read(path: Path) -> Exhibit | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            head = json.loads(file.metadata()["exhibit"])
+            metadata = file.metadata()
+            if metadata.get("of") != of:
+                return None
+            head = json.loads(metadata["exhibit"])
             strips = tuple(
                 Strip(
                     tuple((text, file.get_tensor(f"{number}.{place}")) for place, text in enumerate(strip["captions"])),

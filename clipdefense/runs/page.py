@@ -54,7 +54,12 @@ def page_of(runs: RunResult | Sequence[RunResult], baseline: str | None = None) 
     """What the page shows; arguments as :func:`write_page`."""
     joint = joined(runs)
     cells = joint.cells
-    shown = {cell: exhibits.read(exhibits.exhibit_file(cell.folder, cell.cell.number)) for cell in cells}
+    shown = {
+        cell: exhibits.read(
+            exhibits.exhibit_file(cell.folder, cell.cell.number), exhibits.identity(cell.cell, cell.facts)
+        )
+        for cell in cells
+    }
     at_a_glance, over_datasets, tests = sections(joint, glance(joint), means(joint), against(joint, baseline))
     before = (at_a_glance, _unjudged(joint), _threats(joint), *_limits(cells))
     after = (

@@ -20,7 +20,7 @@ from clipdefense.evaluation.results import Evaluation, Kind, Row, still_standing
 from clipdefense.runs.build import Facts
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.shards import check_shards
-from clipdefense.runs.store import Named, facts_of, reading, stores_in
+from clipdefense.runs.store import Named, facts_of, reading, settings_of, stores_in
 from clipdefense.runs.units import Cell, cells, jobs
 
 AUDITS = "audits"
@@ -161,9 +161,10 @@ class RunResult:
     unjudged: tuple[Unjudged, ...] = ()
 
 
-def config_of(facts: Facts) -> RunConfig:
-    """The configuration inside a run's fingerprint."""
-    return RunConfig.model_validate({key: value for key, value in facts.items() if key in RunConfig.model_fields})
+def config_of(connection: sqlite3.Connection) -> RunConfig:
+    """What the run was asked for, with the places and the batch size with which it was last worked on."""
+    stored = {**facts_of(connection), **settings_of(connection)}
+    return RunConfig.model_validate({key: value for key, value in stored.items() if key in RunConfig.model_fields})
 
 
 def single_store(folder: Path) -> Path:
@@ -200,7 +201,7 @@ def read(folder: str | Path, *, shards: bool = False) -> RunResult:
     with ExitStack() as stack:
         opened = [stack.enter_context(reading(store)) for store in stores or [single_store(folder)]]
         facts = facts_of(opened[0])
-        config = config_of(facts)
+        config = config_of(opened[0])
         sizes = {label: content["images"] for label, content in facts["contents"].items()}
         judged: list[CellResult] = []
         unjudged: list[Unjudged] = []

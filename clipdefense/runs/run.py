@@ -75,7 +75,7 @@ def run(
     sizes = {label: len(dataset) for label, dataset in builder.datasets.items()}
     owned = part.owned(jobs(cells(config), sizes, config.unit))
     folder = Path(folder)
-    with Store(folder, part, builder.facts(), machine()) as store:
+    with Store(folder, part, builder.facts(), machine(), config.settings()) as store:
         before = store.done()
         _check(builder, store, owned, before)
         pending = [job for job in owned if (job.cell.number, job.unit) not in before]
@@ -90,13 +90,15 @@ def run(
 def _check(builder: Builder, store: Store, owned: list[Job], before: Mapping[tuple[int, int], str]) -> None:
     """What is still to be done can be done, and what was done was done with these weights, defences and pixels.
 
-    Each model, defence and threat model once, on the data set with the fewest classes; of each data set one work unit.
+    Each model, defence and threat model once, on the data set with the fewest classes; of each data set the first and
+    the last work unit that is done.
 
     Raises:
         UsageError: a file that is missing, an option or a view that there is not, or another model, defence or image
             than those of the finished work units.
     """
     begun = {cell for cell, _ in before}
+    pending = {job.cell.number for job in owned if (job.cell.number, job.unit) not in before}
     chosen: dict[tuple[str, str, str], Cell] = {}
     for cell in {job.cell.number: job.cell for job in owned}.values():
         key = (cell.model.label, cell.defense.label, cell.threat.label)
@@ -104,22 +106,27 @@ def _check(builder: Builder, store: Store, owned: list[Job], before: Mapping[tup
             chosen[key] = cell
     for cell in sorted(chosen.values(), key=lambda cell: cell.number):
         subject = builder.subject(cell)
-        image = torch.zeros(1, *builder.shapes[cell.dataset.label], device=builder.device)
-        rehearse(subject.model, image, image.new_zeros(1, dtype=torch.int64), subject.threat, subject.attacks)
+        if pending:
+            image, label = (part.to(builder.device) for part in builder.samples[cell.dataset.label])
+            rehearse(subject.model, image[None], label[None], subject.threat, subject.attacks)
         if cell.number in begun:
             store.enter(cell, subject.facts)
-    looked_at: set[str] = set()
+    done: dict[str, list[Job]] = {}
+    for job in owned:
+        if (job.cell.number, job.unit) in before:
+            done.setdefault(job.cell.dataset.label, []).append(job)
     with Decoder() as decoder:
-        for job in owned:
-            label, pixels = job.cell.dataset.label, before.get((job.cell.number, job.unit))
-            if pixels is None or label in looked_at:
-                continue
-            looked_at.add(label)
-            if _begun(builder, decoder, job).result().sha256 != pixels:
-                raise UsageError(
-                    f"data set {label!r} has other pixels in images {job.start} to {job.stop - 1} than when the run in "
-                    f"{str(store.folder)!r} judged them; bring the images back, or give this run another folder."
-                )
+        for listed in done.values():
+            for job in {id(job): job for job in (listed[0], listed[-1])}.values():
+                _check_pixels(builder, decoder, job, before[job.cell.number, job.unit], store.folder)
+
+
+def _check_pixels(builder: Builder, decoder: Decoder, job: Job, pixels: str, folder: Path) -> None:
+    if _begun(builder, decoder, job).result().sha256 != pixels:
+        raise UsageError(
+            f"data set {job.cell.dataset.label!r} has other pixels in images {job.start} to {job.stop - 1} than when "
+            f"the run in {str(folder)!r} judged them; bring the images back, or give this run another folder."
+        )
 
 
 def _cost(builder: Builder, cell: Cell, begun: set[int]) -> tuple[bool, int]:
@@ -179,8 +186,7 @@ class _Loop:
     def _exhibit(self, job: Job, subject: Subject, batch: Batch) -> None:
         """Losses and pictures of the cell's first images, for the page."""
         path = exhibits.exhibit_file(self.store.folder, job.cell.number)
-        if path.exists():
-            return
+        of = exhibits.identity(job.cell, subject.facts)
         first = slice(exhibits.LOOKED_AT)
         x, y, ids = (part[first].to(self.builder.device) for part in (batch.x, batch.y, batch.ids))
         try:
@@ -190,7 +196,7 @@ class _Loop:
             return
         if made is not None:
             with writing(self.store.folder):
-                exhibits.write(path, made)
+                exhibits.write(path, made, of)
 
     def _judged(
         self, job: Job, subject: Subject, batch: Batch, say: Say, first: bool

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipdefense.errors import UsageError
 from clipdefense.runs.build import Facts
-from clipdefense.runs.store import check_same, facts_of, reading
+from clipdefense.runs.store import check_same, facts_of, placeless, reading
 
 
 def check_shards(stores: Sequence[Path]) -> None:
@@ -31,7 +31,8 @@ def check_shards(stores: Sequence[Path]) -> None:
                 query = "SELECT attack, view, kind, draws FROM attacks WHERE cell = ? ORDER BY number"
                 ran = [list(row) for row in connection.execute(query, (cell,))]
                 known = cells.setdefault(cell, (json.loads(text), store))
-                check_same(known[0], json.loads(text), f"the cell {name!r} in the shard {str(known[1])!r}")
+                said = f"the cell {name!r} in the shard {str(known[1])!r}"
+                check_same(placeless(known[0]), placeless(json.loads(text)), said)
                 if ran:  # rows of the same number are of the same attack
                     others, where = attacks.setdefault(cell, (ran, store))
                     said = f"the cell {name!r} in the shard {str(where)!r}"

@@ -92,13 +92,14 @@ class Store:
     the other does, network file systems included.
     """
 
-    def __init__(self, folder: Path, shard: Shard, facts: Facts, machine: Facts) -> None:
+    def __init__(self, folder: Path, shard: Shard, facts: Facts, machine: Facts, settings: Facts | None = None) -> None:
         """
         Args:
             folder: the run's; made if missing.
             shard: names the file.
             facts: the run's fingerprint; an existing file's must be the same.
             machine: versions and hardware of this process.
+            settings: of the configuration what is not compared, see :meth:`RunConfig.settings`; kept for a resume.
 
         Raises:
             UsageError: the folder cannot be written, another process works on the file, it belongs to another run
@@ -111,7 +112,7 @@ class Store:
             self._lock = self._locked(folder / f"{shard.stem}.lock")
             try:
                 self._connection = sqlite3.connect(self.path, isolation_level=None, timeout=60)
-                self._open(shard, facts, machine)
+                self._open(shard, facts, machine, settings or {})
             except BaseException:
                 self.close()
                 raise
@@ -130,7 +131,7 @@ class Store:
             ) from None
         return lock
 
-    def _open(self, shard: Shard, facts: Facts, machine: Facts) -> None:
+    def _open(self, shard: Shard, facts: Facts, machine: Facts, settings: Facts) -> None:
         run = self._connection.execute
         run("PRAGMA journal_mode = DELETE")
         run("PRAGMA synchronous = EXTRA")
@@ -144,6 +145,7 @@ class Store:
                 for key, value in meta.items():
                     run("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
             check_same(_meta(self._connection, self.path)["fingerprint"], facts, f"the run in {str(self.folder)!r}")
+            run("INSERT OR REPLACE INTO meta VALUES ('settings', ?)", (json.dumps(settings),))
             who = (datetime.now(UTC).isoformat(timespec="seconds"), os.getpid(), socket.gethostname())
             run("INSERT INTO sessions VALUES (?, ?, ?, ?)", (*who, json.dumps(machine)))
 
@@ -184,7 +186,9 @@ class Store:
             run = self._connection.execute
             run("INSERT OR IGNORE INTO cells VALUES (?, ?, ?)", (cell.number, cell.name, json.dumps(facts)))
             (stored,) = run("SELECT fingerprint FROM cells WHERE cell = ?", (cell.number,)).fetchone()
-            check_same(json.loads(stored), facts, f"the cell {cell.name!r} of the run in {str(self.folder)!r}")
+            check_same(
+                placeless(json.loads(stored)), placeless(facts), f"the cell {cell.name!r} in {str(self.folder)!r}"
+            )
 
     def commit(self, job: Job, unit: Finished) -> None:
         """A work unit, whole or not at all."""
@@ -205,6 +209,11 @@ class Store:
                 check_same(json.loads(json.dumps(stored)), ours, f"the cell {job.cell.name!r} in {str(self.folder)!r}")
             many("INSERT OR IGNORE INTO left_out VALUES (?, ?)", ((cell, reason) for reason in unit.left_out))
             many("INSERT INTO corrupt VALUES (?, ?, ?, ?)", ((cell, job.unit, *bad) for bad in unit.corrupt))
+
+
+def placeless(facts: Facts) -> Facts:
+    """A cell's fingerprint without where its model came from: the hash of its weights says which it is."""
+    return {key: value for key, value in facts.items() if key != "model"}
 
 
 def check_same(stored: Any, ours: Any, what: str) -> None:
@@ -253,17 +262,25 @@ def _owner(path: Path) -> str:
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
     """A store opened to read, also while its process works.
 
+    Of a process that was killed while it committed, the half-written unit is rolled back first, as SQLite does where it
+    may write; where it may not, nothing is written.
+
     Raises:
-        UsageError: it is no store of this format.
+        UsageError: it is no store of this format, or is to be rolled back and cannot be written.
     """
     try:
         with contextlib.closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=60)
         ) as connection:
             _meta(connection, path)
+            connection.execute("PRAGMA query_only = ON")
             yield connection
     except sqlite3.Error as error:
-        raise UsageError(f"verdict store {str(path)!r} cannot be read ({error}).") from error
+        left = path.with_name(f"{path.name}-journal").exists()
+        advice = (
+            "; its process was killed while it committed: copy the folder to where it can be written" if left else ""
+        )
+        raise UsageError(f"verdict store {str(path)!r} cannot be read ({error}){advice}.") from error
 
 
 def _meta(connection: sqlite3.Connection, path: Path) -> Facts:
@@ -271,6 +288,12 @@ def _meta(connection: sqlite3.Connection, path: Path) -> Facts:
     if meta.get("format") != FORMAT:
         raise UsageError(f"verdict store {str(path)!r} has format {meta.get('format')!r}; {FORMAT} is known.")
     return meta
+
+
+def settings_of(connection: sqlite3.Connection) -> Facts:
+    """What :meth:`RunConfig.settings` was when the run was last worked on."""
+    found = connection.execute("SELECT value FROM meta WHERE key = 'settings'").fetchone()
+    return {} if found is None else dict(json.loads(found[0]))
 
 
 def facts_of(connection: sqlite3.Connection) -> Facts:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import art.attacks.evasion as evasion
@@ -16,6 +17,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from clipdefense.attacks import foreign
+from clipdefense.attacks.options import checks_at_zero
 from clipdefense.errors import MissingPackageError, UsageError, check_known, unknown_name
 from clipdefense.threat import Norm, ThreatModel
 
@@ -91,6 +93,7 @@ def _refusal(attack: type[EvasionAttack]) -> str:
     return ""
 
 
+@checks_at_zero
 def run(
     attack: type,
     model: nn.Module,
@@ -136,7 +139,10 @@ def run(
     settings = _settings(name, attack, threat, batch_size, options)
     y, classes = foreign.prepare(model, x, y, seed, ids)
     _check_classes(name, classes, settings)
-    if threat.eps == 0:
+    if threat.eps == 0:  # ART refuses such a radius, but what else it would refuse is to be told
+        with foreign.lent(model, seed):
+            tried = _settings(name, attack, replace(threat, eps=1 / 255), batch_size, options)
+            _make(name, attack, _estimator(model, x, classes), tried)
         return x.detach().clone()
     with foreign.lent(model, seed):
         made = _make(name, attack, _estimator(model, x, classes), settings)

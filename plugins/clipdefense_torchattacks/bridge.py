@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torchattacks
 from torch import Tensor, nn
 
 from clipdefense.attacks import foreign
+from clipdefense.attacks.options import checks_at_zero
 from clipdefense.errors import UsageError, check_known, unknown_name
 from clipdefense.threat import Norm, ThreatModel
 
@@ -35,6 +37,7 @@ def load(name: str) -> Callable[..., Tensor]:
     return functools.partial(run, getattr(torchattacks, name))
 
 
+@checks_at_zero
 def run(
     attack: type,
     model: nn.Module,
@@ -80,7 +83,10 @@ def run(
     settings, steps = _settings(name, attack, threat, seed, options)
     y, classes = foreign.prepare(model, x, y, seed, ids)
     _check_classes(name, classes, settings)
-    if threat.eps == 0:
+    if threat.eps == 0:  # what torchattacks would refuse is to be told all the same
+        with foreign.lent(model, seed):
+            tried, steps = _settings(name, attack, replace(threat, eps=1 / 255), seed, options)
+            make(attack, model, x.device, tried | {"n_classes": classes}, steps)
         return x.detach().clone()
     with foreign.lent(model, seed):
         made = make(attack, model, x.device, settings | {"n_classes": classes}, steps)

@@ -53,8 +53,13 @@ def test_a_file_says_what_it_says(tmp_path: Path) -> None:
     assert [cell.number for cell in listed] == list(range(8))
     assert listed[5].name == "mine | none | folder:photos | l2 0.5"
     # a stored configuration is read back as it was
-    assert read_config(config.facts()).facts() == config.facts()
-    assert "batch_size" not in config.facts()
+    again = read_config({**config.facts(), **config.settings()})
+    assert again == config and again.facts() == config.facts()
+    # where what has a name lies, and how it is computed, is no part of what a run is
+    models = [config.models[0].spec, {"spec": "other:place", "name": "mine"}]
+    moved = read_config(file, seed=4, batch_size=3, models=models)
+    assert moved.facts() == config.facts() and moved != config
+    assert read_config(file, seed=4, models=["other:place", models[1]]).facts() != config.facts()
 
 
 @pytest.mark.parametrize(

@@ -166,12 +166,18 @@ def test_an_invalid_audit_withholds_every_robust_number(folder: Path) -> None:
     assert glance[4] == "withheld: INVALID" and glance[3] != "withheld: INVALID"
 
 
+def exhibit_of(folder: Path, number: int) -> exhibits.Exhibit | None:
+    """What is kept of the cell of that number."""
+    (cell,) = (cell for cell in read(folder).cells if cell.cell.number == number)
+    return exhibits.read(exhibits.exhibit_file(folder, number), exhibits.identity(cell.cell, cell.facts))
+
+
 def test_losses_and_pictures_are_the_attacks_own(folder: Path) -> None:
     result = read(folder)
     builder = Builder(result.config, "cpu")
     cell = cells(result.config)[1]  # no defence, 4/255
     subject = builder.subject(cell)
-    exhibit = exhibits.read(exhibits.exhibit_file(folder, cell.number))
+    exhibit = exhibit_of(folder, cell.number)
     assert exhibit is not None and exhibit.attack == "pgd" and exhibit.images == exhibits.TRACED
     (trace,) = exhibit.traces
     assert trace.label == "the model itself" and len(trace.middle) == 3  # a gradient a step
@@ -193,7 +199,7 @@ def test_losses_and_pictures_are_the_attacks_own(folder: Path) -> None:
     delta = strip.pictures[2][1].float() / 255 - original.float() / 255
     assert shown.abs().max() <= 10 * 4 / 255 + 1 / 255
     assert (shown / 10 - delta).abs().max() < 1 / 255  # rounded to 8 bits, both
-    defended = exhibits.read(exhibits.exhibit_file(folder, 3))
+    defended = exhibit_of(folder, 3)
     assert defended is not None and defended.traces[0].label.startswith("transfer")
     assert "adaptive view eot, 2 EOT draws" in [trace.label for trace in defended.traces]
     assert any(caption.startswith("random-noise adds") for caption, _ in defended.strips[0].pictures)

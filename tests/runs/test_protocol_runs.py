@@ -54,7 +54,8 @@ def test_a_protocol_says_everything(specs: tuple[str, str], root: Path, tmp_path
     )
     protocol = get_protocol("ttc-224")
     assert config.attacks == list(protocol.attacks) and config.verdict_seeds == protocol.verdict_seeds
-    assert read_config(config.facts()) == config  # a stored one is read back as it was
+    assert read_config({**config.facts(), **config.settings()}) == config  # a stored one is read back as it was
+    assert "root" not in config.facts()
     builder = Builder(config, "cpu")
     (cell,) = cells(config)
     images, subject = builder.datasets["eurosat"], builder.subject(cell)

@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import clipdefense.runs.exhibits as exhibits
 from clipdefense.errors import UsageError
 from clipdefense.runs.build import Builder
 from clipdefense.runs.config import RunConfig
+from clipdefense.runs.page import page_of
 from clipdefense.runs.results import read
 from clipdefense.runs.run import run
-from clipdefense.runs.store import stores_in
-from clipdefense.runs.units import Shard
-from kills import make_files, rows
+from clipdefense.runs.store import Store, stores_in
+from clipdefense.runs.units import Shard, cells
+from kills import die, forked, make_files, rows
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -120,6 +122,78 @@ def test_a_finished_run_is_not_told_again_for_other_pixels(
         run(config, folder, device="cpu")
 
 
+def test_the_last_unit_that_is_done_is_looked_at_too(tmp_path: Path, make_config: MakeConfig, folder: Path) -> None:
+    model, data = make_files(tmp_path / "files", 40)
+    config = make_config(models=[model], datasets=[data])
+    run(config, folder, device="cpu")
+    file = tmp_path / "files" / "images.npz"
+    arrays = dict(np.load(file))
+    arrays["x"][39] = 255 - arrays["x"][39]
+    np.savez(file, **arrays)
+    with pytest.raises(UsageError, match=r"has other pixels in images 32 to 39"):
+        run(config, folder, device="cpu")
+
+
+def test_what_has_a_name_may_move(tmp_path: Path, make_config: MakeConfig, folder: Path) -> None:
+    model, data = make_files(tmp_path / "files", 20)
+    named = {"models": [{"spec": model, "name": "tiny"}], "datasets": [{"spec": data, "name": "images"}]}
+    run(make_config(**named, batch_size=6, exhibits=False), folder, device="cpu")
+    (tmp_path / "files").rename(tmp_path / "elsewhere")
+    moved = {
+        key: [{**row, "spec": row["spec"].replace(f"{tmp_path}/files", f"{tmp_path}/elsewhere")} for row in rows]
+        for key, rows in named.items()
+    }
+    assert run(make_config(**moved), folder, device="cpu") == 0
+    # a run is read back with the places and the batch size with which it was last worked on
+    assert read(folder).config == make_config(**moved)
+    assert verify_free(folder)
+
+
+def verify_free(folder: Path) -> bool:
+    """Whether the models and data sets of a run are found where it says."""
+    builder = Builder(read(folder).config, "cpu")
+    return all(builder.subject(cell) is not None for cell in cells(builder.config))
+
+
+def test_an_exhibit_of_another_run_is_not_shown(make_config: MakeConfig, folder: Path) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Store, "commit", broken)
+        run(make_config(), folder, device="cpu")
+    left = exhibits.exhibit_file(folder, 0)
+    before = left.read_bytes()
+    run(make_config(threats=[{"eps": "1/255"}], attacks=["pgd,steps=7"], exhibits=False), folder, device="cpu")
+    (cell,) = read(folder).cells
+    assert left.read_bytes() == before and exhibits.read(left, exhibits.identity(cell.cell, cell.facts)) is None
+    assert "The attack's loss" not in [section.title for section in page_of(read(folder)).after]
+
+
+def test_a_commit_that_was_killed_is_rolled_back_by_whoever_reads(make_config: MakeConfig, folder: Path) -> None:
+    config = make_config()
+
+    def task() -> None:
+        def killed(store: Store, job: Any, unit: Any) -> None:
+            run = store._connection.execute
+            run("PRAGMA cache_size = 1")
+            run("BEGIN IMMEDIATE")
+            for number in range(4000):  # so many rows that some are in the file before the commit
+                run("INSERT INTO corrupt VALUES (9, 9, ?, 'x')", (number,))
+            die()
+
+        with pytest.MonkeyPatch.context() as patch:
+            commit = Store.commit
+            patch.setattr(Store, "commit", lambda s, j, u: commit(s, j, u) if j.unit == 0 else killed(s, j, u))
+            run(config, folder, device="cpu")
+
+    assert forked(task).signal == 9
+    assert (folder / "verdicts-0-of-1.sqlite-journal").stat().st_size > 0
+    (cell,) = read(folder).cells
+    assert (cell.units, cell.missing, cell.corrupt) == (1, 2, ())
+    assert run(config, folder, device="cpu") == 2
+
+
 def test_a_folder_without_verdicts_takes_the_corrected_run(
     make_config: MakeConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +220,7 @@ def test_a_folder_without_verdicts_takes_the_corrected_run(
         ({"attacks": ["pgd", "square,queries=many"]}, "attack 'square,queries=many' cannot be run: queries is 'many'"),
         ({"attacks": ["pgd", "pgd,objective=margn"]}, "attack 'pgd,objective=margn' cannot be run: .*'margn' is unkn"),
         ({"attacks": ["pgd", "autoattack,version=rnd"]}, "cannot be run: version 'rnd' is unknown"),
+        ({"attacks": ["pgd", "art:ProjectedGradientDescent,max_iter=abc"]}, "abc' cannot be run: 'art:Proj.* refuses"),
     ],
 )
 def test_what_fails_late_is_tried_before_the_first_verdict(
