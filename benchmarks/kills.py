@@ -34,11 +34,13 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import interpolate, normalize
 
-import clipdefense.runs.bank as bank_module
 import clipdefense.runs.run as run_module
+import clipdefense.weights as weights_module
 from clipdefense import UsageError, get_defense, load_dataset, load_model
+from clipdefense.runs.bank import FOLDER
 from clipdefense.runs.config import RunConfig, read_config
 from clipdefense.runs.merge import merge
+from clipdefense.runs.results import read
 from clipdefense.runs.run import run
 from clipdefense.runs.store import Finished, Store, stores_in
 from clipdefense.runs.units import Shard
@@ -166,15 +168,15 @@ class Points:
         run_module.write_bank = lambda *a: die() if self.third() else real(*a)
 
     def inside_the_perturbations(self) -> None:
-        real = bank_module.save_file
+        real = weights_module.save_file
 
-        def half(tensors: Any, path: Path) -> None:
-            real(tensors, path)
-            if self.third():
+        def half(tensors: Any, path: Path, metadata: Any) -> None:
+            real(tensors, path, metadata)
+            if path.parent.name == FOLDER and self.third():
                 os.truncate(path, path.stat().st_size // 2)
                 die()
 
-        bank_module.save_file = half
+        weights_module.save_file = half
 
     def before_the_commit(self) -> None:
         real = Store.commit
@@ -236,9 +238,14 @@ class Bench:
         return {"units": ended.value, "seconds": time.monotonic() - began, "rows": rows(self.folder / "unbroken")}
 
     def resumed(self, name: str, whole: dict[str, Any]) -> dict[str, Any]:
-        """What became of a killed run once it was started again."""
+        """What became of a killed run once it went on by what its folder alone says, as far as that says anything."""
+        try:
+            again = replace(self, config=read(self.folder / name).config)
+        except UsageError:
+            again = self
+            assert not _units(self.folder / name), "only a run that had not begun cannot be read"
         done = _units(self.folder / name)
-        ended = forked(lambda: self.complete(name))
+        ended = forked(lambda: again.complete(name))
         identical = ended.signal == 0 and rows(self.folder / name) == whole["rows"]
         result = {
             "units_before": done,
