@@ -73,7 +73,9 @@ Out = Annotated[
 FailUnder = Annotated[
     float | None,
     typer.Option(
-        min=0, max=100, help="Percent: exit code 1 where less stays right in the worst case, or where it is withheld."
+        min=0,
+        max=100,
+        help="Percent: exit code 1 where less stays right in the worst case, it is withheld, or is transfer only.",
     ),
 ]
 Html = Annotated[Path | None, typer.Option("--html", dir_okay=False, help="Write one HTML page here.")]
@@ -129,8 +131,8 @@ def evaluate(
     settings |= {"verdict_seeds": verdict_seeds, "save_adv": save_adv, "batch_size": batch_size}
     config = _config(file, run, tables, **settings)
     check_places(out, html)
-    _check_outputs(config, run, out, {"--shard": shard, "--save-adv": save_adv})
-    _check_whole(shard, {"--audit": audit, "--fail-under": fail_under is not None})
+    _check_part(shard, run, {"--out": out, "--html": html, "--audit": audit or None, "--fail-under": fail_under})
+    _check_outputs(config, run, out, save_adv)
     with nullcontext(str(run)) if run is not None else tempfile.TemporaryDirectory() as place:
         done = _run(config, Path(place), run is not None, shard, device, audit, quiet)
         _tell(Path(place), run, done, out, html)
@@ -154,11 +156,14 @@ def _missed(folder: Path, percent: float) -> list[str]:
     judged = {cell.cell.name for cell in result.cells if cell.evaluation.n}
     found += [f"{cell.name}: no image was judged" for cell in cells(result.config) if cell.name not in judged]
     for cell in result.cells:
-        accuracy = cell.evaluation.worst_case().accuracy
+        accuracy, caveat = cell.evaluation.worst_case().accuracy, cell.evaluation.caveat
+        stay = f"{100 * accuracy:.1f} % stay right in the worst case" + (f" ({caveat})" if caveat else "")
         if cell.withheld:
             found.append(f"{cell.cell.name}: its robust accuracy is withheld: {cell.withheld}")
         elif 100 * accuracy < percent:
-            found.append(f"{cell.cell.name}: {100 * accuracy:.1f} % stay right in the worst case, under {percent:g} %")
+            found.append(f"{cell.cell.name}: {stay}, under {percent:g} %")
+        elif caveat:
+            found.append(f"{cell.cell.name}: {stay}; no attacker who knows the defence was tried, so no floor is held")
     return found
 
 
@@ -188,7 +193,7 @@ def _config(file: Path | None, run: Path | None, tables: dict[str, Any], **setti
     """What the file and the flags say; of a run that has begun, what it was asked for."""
     from clipdefense.runs.config import read_config
     from clipdefense.runs.results import config_of
-    from clipdefense.runs.store import facts_of, reading, stores_in
+    from clipdefense.runs.store import reading, stores_in
 
     if file is not None or tables["models"] is not None:
         return read_config({} if file is None else file, **tables, **settings)
@@ -199,24 +204,49 @@ def _config(file: Path | None, run: Path | None, tables: dict[str, Any], **setti
             "`clipdefense evaluate --help` shows them."
         )
     with reading(begun[0]) as connection:
-        return read_config(config_of(facts_of(connection)).model_dump(mode="json"), **tables, **settings)
+        return read_config(config_of(connection).model_dump(mode="json"), **tables, **settings)
 
 
-def _check_outputs(config: RunConfig, run: Path | None, out: Path | None, kept: dict[str, Any]) -> None:
+def _check_outputs(config: RunConfig, run: Path | None, out: Path | None, save_adv: bool | None) -> None:
     """What is asked for has a place to go to."""
-    for flag, given in kept.items():
-        if given and run is None:
-            raise UsageError(f"{flag} is for a run that is kept; name its folder with --run DIR.")
+    if save_adv and run is None:
+        raise UsageError("--save-adv is for a run that is kept; name its folder with --run DIR.")
     several = len(config.models) * len(config.defenses) * len(config.datasets) * len(config.threats)
     if out is not None and (several > 1 or run is not None):
         where = "the folder of --run holds summary.json" if run is not None else "--run DIR keeps them all"
         raise UsageError(f"--out is for one combination without --run ({several} here); {where}.")
 
 
-def _check_whole(shard: str | None, asked: dict[str, bool]) -> None:
-    for flag, given in asked.items():
-        if given and shard is not None:
-            raise UsageError(f"{flag} is for a run in one piece; merge the shards, then --run MERGED {flag}.")
+def _check_part(shard: str | None, run: Path | None, whole: dict[str, Any]) -> None:
+    """A part of a run, of --shard or of a launcher, is kept, and is asked for nothing that needs all of it."""
+    from clipdefense.runs.units import Shard
+
+    asked = Shard() if shard is None else Shard.parse(shard)
+    part = asked.launched()
+    if part.count == 1:
+        return
+    launched = part.count > asked.count
+    if run is None and not launched:
+        raise UsageError("--shard is for a run that is kept; name its folder with --run DIR.")
+    if run is None:
+        raise UsageError(
+            f"RANK and WORLD_SIZE, which torchrun and accelerate launch set, make this process the part {part} of a "
+            "run, and a part has to be kept: name one folder for all processes with --run DIR, or unset both."
+        )
+    for flag, given in whole.items():
+        if given is not None:
+            why = "RANK and WORLD_SIZE make" if launched else "--shard makes"
+            raise UsageError(
+                f"{flag} is for a run in one piece, and {why} this process the part {part} of one: leave it out, and "
+                f"when all parts are done, merge first (clipdefense merge {run} --out MERGED), then {_then(flag)}."
+            )
+
+
+def _then(flag: str) -> str:
+    """What gives for a merged run what the flag would have given."""
+    if flag == "--out":
+        return "read MERGED/summary.json"
+    return "clipdefense report MERGED --html PAGE" if flag == "--html" else f"clipdefense evaluate --run MERGED {flag}"
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -309,6 +339,8 @@ class shown:
         """One thing that begins, or how far it is."""
         from rich.markup import escape
 
+        from clipdefense.runs.counts import counted
+
         status, new = progress.status, progress.what != self.said
         self.said = progress.what
         if self.quiet:
@@ -317,7 +349,7 @@ class shown:
             typer.echo(f"[{progress.done}/{progress.total}] {progress.what}", err=True)
         elif new and ": about " in progress.what:
             self.bar.console.print(escape(progress.what))  # how long it will take stays to be read
-        part = "" if status is None else f", {status.done} of {status.total} images"
+        part = "" if status is None else f", {status.done} of {counted(status.total, 'image')}"
         text = escape(progress.what + part)
         self.bar.update(self.task, completed=progress.done, total=progress.total, description=text)
 
@@ -330,6 +362,7 @@ def _tell(folder: Path, run: Path | None, done: int, out: Path | None, html: Pat
     from rich.console import Console
 
     from clipdefense.files import write_json
+    from clipdefense.runs.counts import counted
     from clipdefense.runs.page import write_page
     from clipdefense.runs.results import read
     from clipdefense.runs.store import stores_in
@@ -339,7 +372,8 @@ def _tell(folder: Path, run: Path | None, done: int, out: Path | None, html: Pat
         Console().print(text, soft_wrap=True, markup=False, highlight=False)
 
     if any(not store.stem.endswith("-of-1") for store in stores_in(folder)):
-        say(f"{done} work units of this shard now; when all are done: clipdefense merge {folder} --out MERGED")
+        units = f"{counted(done, 'work unit')} of this shard now"
+        say(f"{units}; when all are done: clipdefense merge {folder} --out MERGED")
         return
     page = None if run is None else write_page(folder)
     tables(Console(), folder, page)
@@ -350,4 +384,4 @@ def _tell(folder: Path, run: Path | None, done: int, out: Path | None, html: Pat
     if html is not None:
         write_page(folder, html)
     if page is not None:
-        say(f"{done} work units now; verdicts and summaries are in {folder}, the page is {page}")
+        say(f"{counted(done, 'work unit')} now; verdicts and summaries are in {folder}, the page is {page}")

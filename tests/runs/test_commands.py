@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,3 +168,75 @@ def test_a_build_can_fail_on_the_worst_case(
     assert code == 1 and f"{100 * accuracy:.1f} % stay right in the worst case, under 95 %" in err
     code, _, err = clipdefense(*flags, *floor, 95, "--shard", "0/2")
     assert code == 2 and "--fail-under is for a run in one piece" in err
+
+
+PART = r"the part 1/2 of (a run|one)"
+
+
+@pytest.mark.parametrize(
+    ("launched", "arguments", "message", "then"),
+    [
+        (True, [], "RANK and WORLD_SIZE, which torchrun and accelerate launch set", "name one folder for all"),
+        (True, ["--out", "x.json"], "RANK and WORLD_SIZE, which", "a part has to be kept"),
+        (True, ["--run", "r", "--out", "x.json"], "--out is for a run in one piece", "then read MERGED/summary.json."),
+        (True, ["--run", "r", "--html", "x.html"], "--html is", "then clipdefense report MERGED --html PAGE."),
+        (True, ["--run", "r", "--audit"], "--audit is", "then clipdefense evaluate --run MERGED --audit."),
+        (True, ["--run", "r", "--fail-under", 0], "--fail-under is for", "evaluate --run MERGED --fail-under."),
+        (
+            False,
+            ["--run", "r", "--shard", "1/2", "--html", "x.html"],
+            "--html is for a run in one piece",
+            "merge first",
+        ),
+        (False, ["--run", "r", "--shard", "1/2", "--out", "x.json"], "--out is for a run in one piece", "merge first"),
+        (False, ["--run", "r", "--shard", "1/2", "--audit"], "--audit is for a run in one piece", "merge first"),
+    ],
+)
+def test_what_needs_the_whole_run_is_refused_of_a_part_before_any_work(
+    clipdefense: Callable[..., Outcome],
+    launched: bool,
+    arguments: list[str],
+    message: str,
+    then: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or it would be computed and lost: the model's name is unknown, so any work would say so instead."""
+    monkeypatch.chdir(tmp_path)
+    if launched:
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = clipdefense("evaluate", "-m", "a:b", "-d", "c:d", *arguments)
+    assert (code, out) == (2, "") and err.startswith(f"error: {message}") and then in err and err.count("\n") == 1
+    assert re.search(PART, err) and not list(tmp_path.iterdir())
+
+
+def test_a_launched_process_keeps_its_part(
+    clipdefense: Callable[..., Outcome], specs: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("-m", specs[0], "-d", specs[1], "--n", 9, "-a", "pgd,steps=1", "--device", "cpu", "--quiet")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = clipdefense("evaluate", *flags, "--run", tmp_path / "run")
+    assert (code, err) == (0, "") and out.startswith("1 work unit of this shard now; when all are done: clipdefense me")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    code, out, err = clipdefense("evaluate", *flags, "--out", tmp_path / "one.json", "--fail-under", 0)
+    assert (code, err) == (0, "") and (tmp_path / "one.json").is_file()  # one process is the whole run
+
+
+def test_a_floor_is_not_held_by_transfer_alone(
+    clipdefense: Callable[..., Outcome], specs: tuple[str, str], tmp_path: Path
+) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_text(
+        f'models = [{{spec = "{specs[0]}", name = "tiny"}}]\ndatasets = ["{specs[1]}"]\n'
+        'attacks = ["pgd"]\nverdict_seeds = 1\n[[threats]]\neps = "0.1/255"\nsteps = 1\n[[defenses]]\n'
+        'spec = "random-noise"\nviews = []\noptions = {eps = "0.1/255"}\n'
+    )
+    run = ("evaluate", toml, "--device", "cpu", "--quiet", "--run", tmp_path / "run")
+    code, _, err = clipdefense(*run, "--fail-under", 0)
+    stays = "stay right in the worst case (transfer only)"
+    assert code == 1 and f"{stays}; no attacker who knows the defence was tried, so no floor is held\n" in err
+    code, _, err = clipdefense(*run, "--fail-under", 100)
+    assert code == 1 and err.endswith(f"{stays}, under 100 %\n")
+    assert clipdefense(*run)[0] == 0
