@@ -38,11 +38,16 @@ def report(
     from clipdefense.errors import UsageError
     from clipdefense.runs.page import write_page
     from clipdefense.runs.results import read
+    from clipdefense.runs.store import stores_in
     from clipdefense.runs.summary import write
 
     if out is None and len(folders) > 1:
         raise UsageError(f"{len(folders)} runs are to stand together; name a folder for their files with --out.")
     target = folders[0] if out is None else out
+    if stores_in(target) and (len(folders) > 1 or target.resolve() != folders[0].resolve()):
+        raise UsageError(
+            f"--out {str(target)!r} holds a run, whose own summaries would be overwritten; name another folder."
+        )
     check_places(html, target)
     runs = [read(folder, shards=True) for folder in folders]
     write(runs, target, baseline)

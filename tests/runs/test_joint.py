@@ -112,3 +112,17 @@ def test_several_runs_need_a_place(made: Callable[..., Path], report: Report) ->
     assert code == 2 and said.startswith(
         "error: 2 runs are to stand together; name a folder for their files with --out"
     )
+
+
+def test_the_files_of_a_run_are_not_overwritten_by_those_of_others(
+    made: Callable[..., Path], report: Report, tmp_path: Path
+) -> None:
+    grid, mine = made("grid", exhibits=False), made("mine", defenses=[NOISE], exhibits=False)
+    before = {file: file.read_bytes() for folder in (grid, mine) for file in folder.iterdir() if file.is_file()}
+    for folders, out in (((grid, mine), grid), ((grid, mine), mine), ((grid,), mine), ((grid, mine), grid / ".")):
+        code, said = report(*folders, "--out", out)
+        assert code == 2 and said.startswith(f"error: --out '{out}' holds a run, whose own summaries would be"), said
+    assert {file: file.read_bytes() for folder in (grid, mine) for file in folder.iterdir() if file.is_file()} == before
+    assert report(grid, "--out", grid / ".." / "grid")[0] == 0  # its own
+    assert report(grid, mine, "--out", tmp_path / "both")[0] == 0
+    assert report(grid, mine, "--out", tmp_path / "both")[0] == 0  # again, when the runs have gone on
