@@ -22,6 +22,9 @@ from clipdefense.runs.units import Shard
 
 TABLES = ("sessions", "cells", "attacks", "left_out", "units", "verdicts", "corrupt")
 
+AT_ONCE = 10_000
+"""Rows that are held in memory at a time."""
+
 
 def merge(sources: Sequence[str | Path], out: str | Path) -> RunResult:
     """Join shards of one run.
@@ -35,7 +38,8 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> RunResult:
         with ``--run`` this folder does them.
 
     Raises:
-        UsageError: nothing to join, work units that two shards did, or shards of different runs (naming the field).
+        UsageError: nothing to join, work units that two shards did, shards of different runs (naming the field), a
+            shard that cannot be read (naming its file), or a place that cannot be written.
     """
     stores = [store for source in sources for store in _stores(Path(source))]
     out = Path(out)
@@ -46,11 +50,8 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> RunResult:
     try:
         with writing(out.parent):
             temporary.mkdir(parents=True)
-            _join(stores, temporary)
-            for store in stores:
-                with reading(store) as connection:
-                    for unit in connection.execute("SELECT cell, unit FROM units WHERE bank"):
-                        _copy(bank_file(store.parent, *unit), bank_file(temporary, *unit))
+            for store, cell, unit in _join(stores, temporary):
+                _copy(bank_file(store.parent, cell, unit), bank_file(temporary, cell, unit))
             for store in stores:
                 for kind in (exhibits.FOLDER, AUDITS):
                     for file in sorted((store.parent / kind).glob("cell-*")):
@@ -76,18 +77,32 @@ def _stores(source: Path) -> list[Path]:
     return found
 
 
-def _join(stores: Sequence[Path], folder: Path) -> None:
-    whole = Shard()
-    with closing(sqlite3.connect(folder / f"{whole.stem}.sqlite", isolation_level=None)) as connection:
+def _join(stores: Sequence[Path], folder: Path) -> list[tuple[Path, int, int]]:
+    """Every store in one file; (store, cell, unit) of each work unit in it that has a bank.
+
+    A shard may go on meanwhile: its store is read, at one moment, and let go before the new file is committed.
+    """
+    whole, banks = Shard(), list[tuple[Path, int, int]]()
+    with closing(sqlite3.connect(folder / f"{whole.stem}.sqlite", isolation_level=None)) as target:
         for statement in filter(str.strip, SCHEMA.split(";")):
-            connection.execute(statement)
+            target.execute(statement)
         for number, store in enumerate(stores):
-            connection.execute("ATTACH ? AS part", (str(store),))
-            connection.execute("BEGIN IMMEDIATE")
+            target.execute("BEGIN")
+            with reading(store) as source:
+                source.execute("BEGIN")
+                for table in TABLES if number else ("meta", *TABLES):
+                    _pour(source.execute(f"SELECT * FROM {table}"), target, table, folder)
+                banks += [(store, *unit) for unit in source.execute("SELECT cell, unit FROM units WHERE bank")]
+                source.rollback()
             if number == 0:
-                connection.execute("INSERT INTO meta SELECT * FROM part.meta")
-                connection.execute("UPDATE meta SET value = ? WHERE key = 'shard'", (json.dumps(str(whole)),))
-            for table in TABLES:
-                connection.execute(f"INSERT OR IGNORE INTO {table} SELECT * FROM part.{table}")
-            connection.execute("COMMIT")
-            connection.execute("DETACH part")
+                target.execute("UPDATE meta SET value = ? WHERE key = 'shard'", (json.dumps(str(whole)),))
+            target.execute("COMMIT")
+    return banks
+
+
+def _pour(rows: sqlite3.Cursor, target: sqlite3.Connection, table: str, folder: Path) -> None:
+    """Rows into a table; only what the new file refuses is said of its folder."""
+    places = ", ".join("?" for _ in rows.description)
+    while some := rows.fetchmany(AT_ONCE):
+        with writing(folder.parent):
+            target.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({places})", some)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -83,3 +83,32 @@ def test_shards_of_other_attacks_are_refused(make_config: MakeConfig, tmp_path: 
         connection.execute("UPDATE attacks SET attack = 'another'")
     with pytest.raises(UsageError, match=r"^attacks\[0\]\[0\] is 'another', but the cell 'tiny \| none"):
         merge([tmp_path / "parts"], tmp_path / "out")
+
+
+def test_a_shard_at_work_is_read_and_never_stalled(make_config: MakeConfig, tmp_path: Path) -> None:
+    for index in range(2):
+        run(make_config(exhibits=False), tmp_path / "parts", shard=Shard(index, 2), device="cpu")
+    with ExitStack() as stack:
+        for store in sorted((tmp_path / "parts").glob("*.sqlite")):  # each is in the middle of a work unit's commit
+            live = stack.enter_context(closing(sqlite3.connect(store, isolation_level=None, timeout=0)))
+            live.execute("BEGIN IMMEDIATE")
+            live.execute("INSERT INTO units VALUES (0, 99, 1, '', 0, 1, '', 1, 1, 1.0)")
+        assert [cell.missing for cell in merge([tmp_path / "parts"], tmp_path / "merged").cells] == [0]
+        with closing(sqlite3.connect(tmp_path / "merged" / "verdicts-0-of-1.sqlite")) as connection:
+            units = connection.execute("SELECT unit FROM units ORDER BY unit").fetchall()
+        assert units == [(0,), (1,), (2,)]  # as it was before that commit
+
+
+def test_a_shard_that_cannot_be_read_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    for index in range(2):
+        run(make_config(exhibits=False), tmp_path / "parts", shard=Shard(index, 2), device="cpu")
+    store = tmp_path / "parts" / "verdicts-1-of-2.sqlite"
+    with closing(sqlite3.connect(store)) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'verdicts'").fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    with store.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    with pytest.raises(UsageError, match=rf"^verdict store '{store}' cannot be read \(.*malformed\)"):
+        merge([tmp_path / "parts"], tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
