@@ -8,6 +8,7 @@ from itertools import groupby
 
 from clipdefense.evaluation.report import WITHHELD, Grid, Section, percent_of
 from clipdefense.evaluation.words import attack_in_words
+from clipdefense.runs.counts import counted
 from clipdefense.runs.joint import Joint
 from clipdefense.runs.sums import Line, Mean, Paired, threats_of
 
@@ -35,7 +36,10 @@ def glance_section(joint: Joint, lines: Sequence[Line], found: Sequence[Mean]) -
         rows += [(*names, *means_beside(joint, found, *names)) for names in judged(found)]
     note = "In %, with the 95 % Wilson interval: images still right under every attack that was tried, and every draw."
     if any(one.missing for one in joint.everything):
-        note += " A number marked (k of n) is of k of n images: its combination, or one beside it, is not finished."
+        note += (
+            " A number marked (k of n) is of k of n images: its combination is not finished. (all n) marks a finished "
+            "one beside it."
+        )
     note += _differing(joint)
     numbers = frozenset(range(2, 2 + len(columns)))
     return Section("At a glance", note, grid=Grid(("model", "defence", *columns), tuple(rows), numbers))
@@ -68,7 +72,7 @@ def means_section(joint: Joint, found: Sequence[Mean]) -> Section | None:
         "of the same data sets."
     )
     if joint.protocol is not None and joint.protocol.headline:
-        note += f" The protocol's own mean is over {len(joint.protocol.headline)} data sets."
+        note += f" The protocol's own mean is over {counted(len(joint.protocol.headline), 'data set')}."
     if any(mean.missing for mean in found):
         left = dict.fromkeys(label for mean in found for label in mean.missing)
         note += f" Combinations that are not finished are left out of the means ({', '.join(left)})."

@@ -12,6 +12,7 @@ from typing import Any
 from clipdefense.evaluation.report import WITHHELD, Grid, Section, attacker, kept, notes_of, rows_of, said
 from clipdefense.evaluation.words import attack_in_words
 from clipdefense.files import write_json, write_text
+from clipdefense.runs.counts import counted
 from clipdefense.runs.grids import sections
 from clipdefense.runs.joint import Joint, joined
 from clipdefense.runs.latex import latex
@@ -27,6 +28,7 @@ COLUMNS = (
     "eps",
     "attack",
     "attacked",
+    "images",
     "n",
     "verdict_seeds",
     "accuracy",
@@ -122,13 +124,13 @@ def _rows(joint: Joint) -> Iterator[Sequence[Any]]:
     for one in joint.everything:
         threat = one.cell.threat.threat
         what = (one.cell.model.label, one.cell.defense.label, one.cell.dataset.label, threat.norm, threat.eps)
-        units = (one.units, one.missing)
+        images, units = joint.contents[one.cell.dataset.label]["images"], (one.units, one.missing)
         if isinstance(one, Unjudged):
-            yield (*what, "", "", 0, "", one.said, "", "", "", *units)
+            yield (*what, "", "", images, 0, "", one.said, "", "", "", *units)
             continue
         for attack, row, _ in rows_of(one.evaluation):
             number = (row.accuracy, *row.interval) if kept(one.evaluation, row) else (WITHHELD, "", "")
-            counts = (one.evaluation.n, len(row.correct), *number, len(one.corrupt))
+            counts = (images, one.evaluation.n, len(row.correct), *number, len(one.corrupt))
             yield (*what, attack, row.attacked, *counts, *units)
 
 
@@ -183,7 +185,7 @@ def _cell(cell: CellResult) -> str:
     lines = [
         f"## {escaped(cell.cell.name)}",
         "",
-        f"Accuracy in %, 95 % Wilson interval; {evaluation.threat}; {evaluation.n} images.",
+        f"Accuracy in %, 95 % Wilson interval; {evaluation.threat}; {counted(evaluation.n, 'image')}.",
         "",
         *_pipes(Grid(("attack", "what the attacker had", "accuracy"), tuple(rows), frozenset(), frozenset(strong))),
         "",

@@ -58,9 +58,10 @@ def _clean(ones: Sequence[CellResult | Unjudged]) -> str:
     judged = [one for one in ones if isinstance(one, CellResult)]
     if not judged:
         return ones[0].said if isinstance(ones[0], Unjudged) else ""
-    most = max(judged, key=lambda cell: len(cell.samples))
-    mark = most.count if any(cell.missing for cell in judged) else ""
-    return said(most.evaluation, most.evaluation.clean, mark)
+    most = max(judged, key=lambda cell: (not cell.missing, len(cell.samples)))
+    beside = any(cell.missing for cell in judged)  # one number for all of them, so it says which it is of
+    whole = f"(all {len(most.samples)})" if beside else ""
+    return said(most.evaluation, most.evaluation.clean, most.mark or whole)
 
 
 def _robust(one: CellResult | Unjudged | None) -> str:

@@ -66,7 +66,7 @@ def test_a_number_of_an_unfinished_cell_says_over_how_many_images(unfinished: Pa
     (absent,) = result.unjudged
     assert (whole.mark, part.mark, absent.missing) == ("", "(16 of 40)", 3)
     (line,) = glance(joined(result))
-    assert line.clean == f"{percent(whole.evaluation.clean)} (40 of 40)"  # the number beside it is over 16
+    assert line.clean == f"{percent(whole.evaluation.clean)} (all 40)"  # the number beside it is over 16
     worst = percent(part.evaluation.worst_case())
     assert line.robust == (percent(whole.evaluation.worst_case()), f"{worst} (16 of 40)", "NOT FINISHED")
 
@@ -85,7 +85,7 @@ def test_a_number_of_an_unfinished_cell_says_over_how_many_images(unfinished: Pa
     assert [one["cell"] for one in stored["without_verdicts"]] == [absent.cell.name]
     assert stored["results"][1]["footnote"].startswith("NOT FINISHED: every number is of 16 of 40 images")
     table = (tmp_path / "files" / "summary.tex").read_text()
-    assert r"(40 of 40)" in table and r"(16 of 40) & NOT FINISHED \\" in table
+    assert r"(all 40)" in table and r"(16 of 40) & NOT FINISHED \\" in table
 
     page = page_of(joint.runs)
     assert section(page, "Without verdicts").points == [never]
