@@ -75,7 +75,7 @@ class Doubts:
         """Warn of each, at the line outside of this library that called."""
         self._look_at_gradients()
         for note in self._notes:
-            warnings.warn(note, AttackWarning, stacklevel=_outside())
+            warnings.warn(note, AttackWarning, stacklevel=outside())
 
     def _look_at_gradients(self) -> None:
         if not self._seen:
@@ -93,7 +93,7 @@ class Doubts:
             ] = None
 
 
-def _outside() -> int:
+def outside() -> int:
     """The ``stacklevel``, for who calls this, of the first frame that is not this library's."""
     level = 1
     frame = sys._getframe(1)

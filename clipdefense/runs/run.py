@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,8 +9,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 import clipdefense.runs.exhibits as exhibits
@@ -24,6 +21,7 @@ from clipdefense.runs.build import Builder, Subject, choose_device
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.decode import Batch, Decoder
 from clipdefense.runs.judge import Say, judge_unit
+from clipdefense.runs.memory import halved
 from clipdefense.runs.results import read
 from clipdefense.runs.store import Finished, Store, writing
 from clipdefense.runs.summary import write
@@ -202,29 +200,10 @@ class _Loop:
         self, job: Job, subject: Subject, batch: Batch, say: Say, first: bool
     ) -> tuple[Finished, dict[int, Broken]]:
         """The unit's outcome, at half the batch size whenever memory does not suffice."""
-        while True:
-            outcome = self._attempt(job, subject, batch, say, first)
-            if outcome is not None:
-                return outcome
-            # only here, where the failed attempt's tensors are gone, does emptying the cache free anything
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if self.bucket == 1:
-                raise UsageError(
-                    f"memory does not suffice for one image at a time of {job.cell.name!r}; take a smaller model or "
-                    "size, another device, or an attack with gradient_dtype=bf16."
-                )
-            self.bucket = (self.bucket + 1) // 2
-            warnings.warn(f"out of memory: going on with {self.bucket} images a forward.", stacklevel=2)
 
-    def _attempt(
-        self, job: Job, subject: Subject, batch: Batch, say: Say, first: bool
-    ) -> tuple[Finished, dict[int, Broken]] | None:
-        """None where memory did not suffice."""
-        try:
-            return judge_unit(job.cell, subject, batch, self.config, self.builder.device, self.bucket, say, first)
-        except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
-                raise
-            return None
+        def judged(bucket: int) -> tuple[Finished, dict[int, Broken]]:
+            return judge_unit(job.cell, subject, batch, self.config, self.builder.device, bucket, say, first)
+
+        advice = "take a smaller model or size, another device, or an attack with gradient_dtype=bf16"
+        outcome, self.bucket = halved(judged, self.bucket, repr(job.cell.name), advice)
+        return outcome
