@@ -339,7 +339,7 @@ class shown:
         """One thing that begins, or how far it is."""
         from rich.markup import escape
 
-        from clipdefense.runs.counts import counted
+        from clipdefense.evaluation.counts import counted
 
         status, new = progress.status, progress.what != self.said
         self.said = progress.what
@@ -361,8 +361,8 @@ def _tell(folder: Path, run: Path | None, done: int, out: Path | None, html: Pat
     """The tables of a run in one piece; of a shard, what comes next."""
     from rich.console import Console
 
+    from clipdefense.evaluation.counts import counted
     from clipdefense.files import write_json
-    from clipdefense.runs.counts import counted
     from clipdefense.runs.page import write_page
     from clipdefense.runs.results import read
     from clipdefense.runs.store import stores_in

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clipdefense.errors import UsageError
 from clipdefense.evaluation.answers import Answers
+from clipdefense.evaluation.counts import counted
 from clipdefense.evaluation.statistics import Interval, wilson
 from clipdefense.threat import ThreatModel
 
@@ -113,7 +114,7 @@ class Evaluation:
         rows = [row for row in self.rows if kinds is None or row.kind in kinds]
         every = np.concatenate([self.clean.correct, *(row.correct for row in rows)])
         survived = np.asarray(every.all(axis=0))[None]
-        return Row(label + (f" ({self.caveat})" if self.caveat else ""), f"{len(rows)} attacks", survived)
+        return Row(label + (f" ({self.caveat})" if self.caveat else ""), counted(len(rows), "attack"), survived)
 
     def compared(self) -> tuple[Row, ...]:
         """Two worst cases side by side: of an attacker who does not know the defence, and of one who does.

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from clipdefense.evaluation.counts import counted
 from clipdefense.evaluation.report import WITHHELD, Grid, Section, percent_of
 from clipdefense.evaluation.words import attack_in_words
-from clipdefense.runs.counts import counted
 from clipdefense.runs.joint import Joint
 from clipdefense.runs.sums import Line, Mean, Paired, threats_of
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdefense.errors import UsageError
+from clipdefense.evaluation.counts import counted
 from clipdefense.evaluation.ensemble import AFTER as AFTER
 from clipdefense.evaluation.results import Evaluation, Kind, Row, still_standing
 from clipdefense.runs.build import Facts
@@ -300,13 +301,17 @@ def notes(cell: CellResult) -> list[str]:
     if cell.missing:
         found.append(f"NOT FINISHED: {cell.missing} of {cell.units + cell.missing} work units are missing.")
     if cell.corrupt:
-        found.append(f"{len(cell.corrupt)} images could not be decoded and are in no count (listed in summary.json).")
-    if cell.near:
-        found.append(f"{cell.near} verdicts have a margin below {NEAR:g}: another machine may call them otherwise.")
-    if cell.unrepeatable:
         found.append(
-            f"{cell.unrepeatable} verdicts CHANGED when the model was asked again (of the first batch of each attack): "
-            "it is not what it declares."
+            f"{counted(len(cell.corrupt), 'image')} could not be decoded, in no count, and listed in summary.json."
+        )
+    if cell.near:
+        near = counted(cell.near, "margin")
+        found.append(f"{near} below {NEAR:g}: another machine may call such a verdict otherwise.")
+    if cell.unrepeatable:
+        changed = counted(cell.unrepeatable, "verdict")
+        found.append(
+            f"{changed} CHANGED when the model was asked again (of the first batch of each attack): it is not what it "
+            "declares."
         )
     if len(cell.made_on) > 1:
         places = "; ".join(

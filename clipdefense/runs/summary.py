@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from clipdefense.evaluation.counts import counted
 from clipdefense.evaluation.report import WITHHELD, Grid, Section, attacker, kept, notes_of, rows_of, said
 from clipdefense.evaluation.words import attack_in_words
 from clipdefense.files import write_json, write_text
-from clipdefense.runs.counts import counted
 from clipdefense.runs.grids import sections
 from clipdefense.runs.joint import Joint, joined
 from clipdefense.runs.latex import latex

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from clipdefense.evaluation.counts import counted
 from clipdefense.runs.config import RunConfig
-from clipdefense.runs.counts import counted
 from clipdefense.runs.joint import joined
 from clipdefense.runs.results import read
 from clipdefense.runs.run import run
