@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from clipdefense.attacks.foreign import clean_unless_within, within_budget
 from clipdefense.errors import UsageError, check_whole, unknown_name
-from clipdefense.evaluation.answers import ask
+from clipdefense.evaluation.answers import Answers, ask
 from clipdefense.evaluation.results import Row
 from clipdefense.evaluation.statistics import mcnemar
 from clipdefense.runs.bank import bank_file, read_bank
@@ -22,10 +23,19 @@ from clipdefense.runs.build import Builder, choose_device
 from clipdefense.runs.decode import Decoder
 from clipdefense.runs.likeness import WORST as WORST
 from clipdefense.runs.likeness import InCommon, in_common, rows_of, unlike
+from clipdefense.runs.memory import halved, sufficed
 from clipdefense.runs.pixels import Images, Pixels, same_images
 from clipdefense.runs.results import CellResult, RunResult, read
 from clipdefense.runs.store import check_same
 from clipdefense.runs.verify import SAME_IMAGES, check_images_same, check_kept, check_subject
+
+# which labels pair the cells of two runs: all, or where no two share those, all but the defence, the model, or both
+_ALIKE = (
+    ("model", "defense", "dataset", "threat"),
+    ("model", "dataset", "threat"),
+    ("defense", "dataset", "threat"),
+    ("dataset", "threat"),
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,9 @@ def compare(
 
     Args:
         a, b: their folders.
-        cell_a, cell_b: cells by name, where it cannot be told which belong together.
+        cell_a, cell_b: cells by name, where it cannot be told which belong together. Without them cells of one name do;
+            where there are none, those of one model, data set and threat model, or of one defence, data set and threat
+            model, or of one data set and threat model, if no other cell of either run has the same.
         across_threats: compare cells whose norm or eps differ, too.
 
     Returns:
@@ -201,16 +213,12 @@ def standing(cell: CellResult, rows: Sequence[Row] | None) -> NDArray[np.bool_]:
 
 def _pairs(a: RunResult, b: RunResult, cell_a: str | None, cell_b: str | None) -> list[tuple[CellResult, CellResult]]:
     ours, theirs = _chosen(a, cell_a), _chosen(b, cell_b)
-    if len(ours) == len(theirs) == 1:
-        pairs = [(ours[0], theirs[0])]
-    else:
-        named = {cell.cell.name: cell for cell in theirs}
-        pairs = [(cell, named[cell.cell.name]) for cell in ours if cell.cell.name in named]
+    pairs = [(ours[0], theirs[0])] if len(ours) == len(theirs) == 1 else _matched(ours, theirs)
     if not pairs:
         raise UsageError(
-            f"no cell of {str(a.folder)!r} has the name of one of {str(b.folder)!r}; say which to compare "
-            f"with --cell-a ({', '.join(repr(cell.cell.name) for cell in ours)}) and --cell-b "
-            f"({', '.join(repr(cell.cell.name) for cell in theirs)})."
+            f"no cell of {str(a.folder)!r} goes with one of {str(b.folder)!r} by its name, or by its data set and "
+            f"threat model where these say which; say which to compare with --cell-a ({_few(ours)}) and --cell-b "
+            f"({_few(theirs)})."
         )
     for one, two in pairs:
         keys = tuple(key for key in SAME_IMAGES if key not in ("images", "ids_sha256", "labels_sha256"))
@@ -220,6 +228,28 @@ def _pairs(a: RunResult, b: RunResult, cell_a: str | None, cell_b: str | None) -
         if not np.intersect1d(one.samples, two.samples).size:
             raise UsageError(f"{one.cell.name!r} and {two.cell.name!r} have no image in common.")
     return pairs
+
+
+def _matched(ours: Sequence[CellResult], theirs: Sequence[CellResult]) -> list[tuple[CellResult, CellResult]]:
+    """Cells that have the same labels: all of them, or else as many as say, in both runs, which cell is meant."""
+    for labels in _ALIKE:
+        mine, other = _by(ours, labels), _by(theirs, labels)
+        if pairs := [(cell, other[key]) for key, cell in mine.items() if key in other]:
+            return pairs
+    return []
+
+
+def _by(cells: Sequence[CellResult], labels: tuple[str, ...]) -> dict[tuple[str, ...], CellResult]:
+    """The cells by these labels, without those that share them."""
+    keys = [tuple(str(getattr(cell.cell, label).label) for label in labels) for cell in cells]
+    count = Counter(keys)
+    return {key: cell for key, cell in zip(keys, cells) if count[key] == 1}
+
+
+def _few(cells: Sequence[CellResult], shown: int = 6) -> str:
+    """Their names, and how many more there are."""
+    more = f" and {len(cells) - shown} more" if len(cells) > shown else ""
+    return ", ".join(repr(cell.cell.name) for cell in cells[:shown]) + more
 
 
 def _chosen(run: RunResult, name: str | None) -> list[CellResult]:
@@ -250,11 +280,12 @@ def transfer(
         a: a run made with ``save_adv``; b: the run whose model (and defence) is attacked.
         cell_a, cell_b: as :func:`compare`.
         device: where.
-        batch_size: images a forward, at least 1; B's when not given.
+        batch_size: images a forward, at least 1; when not given, the fewest with which B's run itself went on. Halved,
+            with a warning, whenever memory does not suffice.
 
     Raises:
         UsageError: cells that do not fit together, or different datasets (naming the field); A kept no perturbations;
-            B's model is not at hand.
+            B's model is not at hand; memory does not suffice for one image at a time.
     """
     if batch_size is not None:
         check_whole("batch_size", batch_size, 1)
@@ -263,8 +294,13 @@ def transfer(
     check_kept(ours, [one for one, _ in pairs])
     builder = Builder(theirs.config, choose_device(device))
     check_images_same(builder, theirs)
-    size = batch_size or theirs.config.batch_size
-    return [_Transfer(ours, one, theirs, two, builder, size).tried() for one, two in pairs]
+    size = sufficed(theirs.cells) if batch_size is None else batch_size
+    found = []
+    for one, two in pairs:
+        attempt = _Transfer(ours, one, theirs, two, builder, size)
+        found.append(attempt.tried())
+        size = attempt.size  # what did not suffice for one cell is not tried on the next
+    return found
 
 
 class _Transfer:
@@ -318,7 +354,11 @@ class _Transfer:
         """(k,) which perturbed images are within the budget, and which of those are misclassified on any seed."""
         within = within_budget(self.subject.threat, x, x_adv)
         y = ids.new_tensor([self.labels[name] for name in ids.tolist()])
-        where = self.builder.device
-        shown = clean_unless_within(self.subject.threat, x, x_adv).to(where)
-        answers = ask(self.subject.judge, shown, y.to(where), ids.to(where), self.subject.seeds, self.size)
+        where, judge, seeds = self.builder.device, self.subject.judge, self.subject.seeds
+        shown = clean_unless_within(self.subject.threat, x, x_adv)
+
+        def task(size: int) -> Answers:
+            return ask(judge, shown.to(where), y.to(where), ids.to(where), seeds, size)
+
+        answers, self.size = halved(task, self.size, repr(self.two.cell.name))
         return within, torch.from_numpy((answers.predicted != y.numpy()).any(axis=0)) & within

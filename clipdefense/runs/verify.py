@@ -15,13 +15,14 @@ from torch import Tensor
 
 from clipdefense.attacks.foreign import clean_unless_within, within_budget
 from clipdefense.errors import UsageError, check_whole
-from clipdefense.evaluation.answers import ask
+from clipdefense.evaluation.answers import Answers, ask
 from clipdefense.evaluation.statistics import Interval, wilson
 from clipdefense.files import write_json
 from clipdefense.runs.bank import Broken, bank_file, check_banks, read_bank
 from clipdefense.runs.build import Builder, Facts, Subject, choose_device
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.decode import Decoder
+from clipdefense.runs.memory import halved, sufficed
 from clipdefense.runs.pixels import Images, Pixels, unfinished
 from clipdefense.runs.results import NEAR, CellResult, RunResult, read
 from clipdefense.runs.store import check_same
@@ -151,7 +152,8 @@ def verify(
     Args:
         folder: a run made with ``save_adv``. It may be read-only.
         device: where; a GPU when there is one.
-        batch_size: images a forward, at least 1; the run's when not given.
+        batch_size: images a forward, at least 1; when not given, the fewest with which the run itself went on. Halved,
+            with a warning, whenever memory does not suffice.
         seeds: draws on which a randomised defence is asked, at least 1; those of the run when not given.
         model, data: where the run's model or dataset lies on this machine.
         out: the JSON file for the proofs; ``verify.json`` in the folder when not given. Where it cannot be written,
@@ -163,7 +165,7 @@ def verify(
 
     Raises:
         UsageError: a run without verdicts or perturbations, or another model, defence or dataset than its own (naming
-            the field).
+            the field); memory does not suffice for one image at a time.
     """
     for name, value in (("seeds", seeds), ("batch_size", batch_size)):
         if value is not None:
@@ -178,19 +180,25 @@ def verify(
         said = f"the run in {str(folder)!r} is NOT FINISHED: {missing} work units are missing; what is there is proved."
         warnings.warn(said, stacklevel=2)
     proofs: list[Proof] = []
+    size = sufficed(result.cells) if batch_size is None else batch_size
     for cell in result.cells:
         (progress or (lambda _: None))(cell.cell.name)
         own = replace(cell, cell=replace(cell.cell, model=_found(config.models, cell.cell.model.label)))
         subject = builder.subject(own.cell)
         check_subject(subject, own.facts, cell.cell.name)
-        proofs += _Verifier(result, own, subject, builder, batch_size or config.batch_size, seeds).proofs()
-    place = result.folder / "verify.json" if out is None else Path(out)
+        verifier = _Verifier(result, own, subject, builder, size, seeds)
+        proofs += verifier.proofs()
+        size = verifier.batch_size  # what did not suffice for one cell is not tried on the next
+    _write(result.folder / "verify.json" if out is None else Path(out), missing, proofs)
+    return proofs
+
+
+def _write(place: Path, missing: int, proofs: Sequence[Proof]) -> None:
     try:
         write_json(place, {"missing_units": missing, "proofs": [proof.to_dict() for proof in proofs]})
     except OSError as error:  # such as a published archive, whose proofs are worth no less
         said = f"{str(place)!r} was not written ({error.strerror or error}); --out FILE writes it elsewhere."
-        warnings.warn(said, stacklevel=2)
-    return proofs
+        warnings.warn(said, stacklevel=3)
 
 
 def check_kept(result: RunResult, cells: Sequence[CellResult]) -> None:
@@ -293,10 +301,8 @@ class _Verifier:
         """x clean, and what was added to it; returns how many claims fail."""
         x_adv = x + delta
         ids, y = (torch.from_numpy(values[rows]) for values in (self.cell.samples, self.cell.labels))
-        device = self.builder.device
         inside = within_budget(self.subject.threat, x, x_adv).numpy()
-        shown = clean_unless_within(self.subject.threat, x, x_adv).to(device)
-        answers = ask(self.subject.judge, shown, y.to(device), ids.to(device), self.seeds, self.batch_size)
+        answers = self._ask(clean_unless_within(self.subject.threat, x, x_adv), y, ids)
         wrong = (answers.predicted != y.numpy()) & inside
         stored = self.claimed[number][:, rows][: len(self.seeds)]
         again, margin = wrong[: len(stored)], answers.margin[: len(stored)]
@@ -313,3 +319,13 @@ class _Verifier:
         proof.wrong += int(wrong.sum())
         proof.failures = [*proof.failures, *ids.numpy()[bad.any(axis=0)].tolist()][:20]
         return int(bad.sum())
+
+    def _ask(self, shown: Tensor, y: Tensor, ids: Tensor) -> Answers:
+        """What the judged model says, with fewer images a forward from here on where memory does not suffice."""
+        device, judge = self.builder.device, self.subject.judge
+
+        def task(size: int) -> Answers:
+            return ask(judge, shown.to(device), y.to(device), ids.to(device), self.seeds, size)
+
+        answers, self.batch_size = halved(task, self.batch_size, repr(self.cell.cell.name))
+        return answers

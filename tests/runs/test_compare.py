@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 
 import pytest
 
 from clipdefense.errors import UsageError
-from clipdefense.runs.compare import WORST, compare, mcnemar, standing, transfer
+from clipdefense.runs.compare import WORST, _pairs, compare, mcnemar, standing, transfer
 from clipdefense.runs.config import RunConfig
-from clipdefense.runs.results import read
+from clipdefense.runs.results import RunResult, read
 from clipdefense.runs.run import run
+from clipdefense.runs.units import Cell
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -79,9 +81,64 @@ def test_cells_are_matched_by_name_or_named(make_config: MakeConfig, tmp_path: P
         compare(tmp_path / "a", tmp_path / "a", cell_a=names[0] + "x")
     renamed = make_config(models=[{"spec": specs[0], "name": "other"}], defenses=["none"])
     run(renamed, tmp_path / "b", device="cpu")
-    with pytest.raises(UsageError, match="say which to compare with --cell-a"):
-        compare(tmp_path / "a", tmp_path / "b")
+    # no name is in both, and the undefended cells are the only ones of their defence, data set and threat model
+    assert {(change.a, change.b) for change in compare(tmp_path / "a", tmp_path / "b")} == {
+        ("tiny | none | images | linf 4/255", "other | none | images | linf 4/255")
+    }
     small = make_config(datasets=[{"spec": specs[1], "name": "images", "size": 12}])
     run(small, tmp_path / "c", device="cpu")
     with pytest.raises(UsageError, match=r"^dataset.attacked_at\[0\] is 12"):
         compare(tmp_path / "b", tmp_path / "c")
+
+
+def cells(result: RunResult, *names: tuple[str, str, str, str]) -> RunResult:
+    """The run as if it had cells of these labels: model, defence, data set, threat model."""
+    (own,) = result.cells[:1]
+    made = []
+    for number, labels in enumerate(names):
+        tables = (own.cell.model, own.cell.defense, own.cell.dataset, own.cell.threat)
+        named = [table.model_copy(update={"name": label}) for table, label in zip(tables, labels)]
+        made.append(replace(own, cell=Cell(number, *named)))  # type: ignore[arg-type]
+    contents = {label: result.facts["contents"]["images"] for _, _, label, _ in names}
+    return replace(result, cells=tuple(made), facts={**result.facts, "contents": contents})
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "paired"),
+    [
+        # one name in both is enough, whatever else there is
+        ([("m", "d", "x", "t"), ("m", "e", "x", "t")], [("m", "d", "x", "t"), ("n", "e", "x", "t")], [(0, 0)]),
+        # the same model with another defence, on either data set
+        ([("m", "d", "x", "t"), ("m", "d", "y", "t")], [("m", "e", "y", "t"), ("m", "e", "x", "t")], [(0, 1), (1, 0)]),
+        # the same defence on another model, and another threat model that goes with none
+        ([("m", "d", "x", "t"), ("m", "d", "x", "s")], [("n", "d", "x", "t"), ("n", "e", "x", "t")], [(0, 0)]),
+        # another model and another defence
+        ([("m", "d", "x", "t"), ("m", "d", "y", "t")], [("n", "e", "x", "t"), ("n", "e", "y", "t")], [(0, 0), (1, 1)]),
+        # two could be meant, on one side or the other
+        ([("m", "d", "x", "t")], [("n", "e", "x", "t"), ("o", "f", "x", "t")], []),
+        ([("m", "d", "x", "t"), ("m", "e", "x", "t")], [("n", "f", "x", "t")], []),
+        ([("m", "d", "x", "t"), ("m", "d", "y", "t")], [("m", "d", "x", "s"), ("m", "d", "y", "s")], []),
+    ],
+)
+def test_cells_without_a_common_name_are_paired_by_what_they_share(
+    pair: tuple[Path, Path],
+    ours: list[tuple[str, str, str, str]],
+    theirs: list[tuple[str, str, str, str]],
+    paired: list[tuple[int, int]],
+) -> None:
+    a, b = cells(read(pair[0]), *ours), cells(read(pair[1]), *theirs)
+    if not paired:
+        with pytest.raises(UsageError, match=r"by its data set and threat model .* say which .* with --cell-a \("):
+            _pairs(a, b, None, None)
+        return
+    assert [(one.cell.number, two.cell.number) for one, two in _pairs(a, b, None, None)] == paired
+
+
+def test_of_many_cells_a_few_are_named(pair: tuple[Path, Path]) -> None:
+    a = cells(read(pair[0]), *(("m", "d", f"x{number}", "t") for number in range(9)))
+    b = cells(read(pair[1]), *(("m", "d", f"y{number}", "t") for number in range(6)))
+    with pytest.raises(UsageError) as refused:
+        _pairs(a, b, None, None)
+    said = str(refused.value)
+    assert "'m | d | x5 | t' and 3 more) and --cell-b ('m | d | y0 | t'" in said and said.endswith("'m | d | y5 | t').")
+    assert "x6" not in said
