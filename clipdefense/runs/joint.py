@@ -22,6 +22,9 @@ OF_THE_MACHINE = ("batch_size", "device", "threads")
 
 _TRIED = ("attacks", "also", "adaptive", "cumulative", "verdict_seeds", "seed")
 
+_WAYS = ("views", "eot")
+"""Keys of a defence that say how it is attacked, not what it is."""
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -69,7 +72,18 @@ class Joint:
         rows = [row for run in self.runs for row in run.config.threats]
         if any(threats.setdefault(row.label, row.attacks) != row.attacks for row in rows):
             found.append("threats.attacks")
+        ways: dict[tuple[str, str], Any] = {}
+        for key in _WAYS:
+            for row in (row for run in self.runs for row in run.config.defenses):
+                way = _way(getattr(row, key))
+                if ways.setdefault((row.label, key), way) != way and f"defenses.{key}" not in found:
+                    found.append(f"defenses.{key}")
         return tuple(found)
+
+
+def _way(value: list[str] | int | None) -> Any:
+    """How a defence is attacked, the same for views in any order."""
+    return sorted(value) if isinstance(value, list) else value
 
 
 def joined(runs: RunResult | Sequence[RunResult]) -> Joint:
