@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipdefense.attacks.autoattack import VERSIONS, Stages, stages_of
 from clipdefense.errors import UsageError
+from clipdefense.plugins import get_attack
 
 STANDARD: tuple[str, ...] = tuple(name for name, _, _ in VERSIONS["standard"])
 """The attacks of AutoAttack's standard version."""
@@ -19,38 +21,73 @@ AFTER = "+ "
 
 _HARMLESS = {"version", "seed", "batch_size", "compile"}
 _OPTION = re.compile(r"(?:^|,)(\w+)=(\{.*\}|[^,]*)")  # an option may be a mapping, which has commas of its own
+_EFFORT = ("steps", "targets", "restarts", "queries")
+
+Effort = Mapping[str, int]
+"""``{"steps": 100, "targets": 9}``: how much an attack does, by the names of its options."""
+
+
+def _effort(settings: Mapping[str, Any]) -> dict[str, int]:
+    return {key: settings[key] for key in _EFFORT if isinstance(settings.get(key), int)}
+
+
+_PUBLISHED = {name: _effort(settings) for stages in VERSIONS.values() for name, _, settings in stages}
+
+
+def ran(attack: str) -> dict[str, Effort]:
+    """The attacks that one runs, by their names in this library, each with the effort that it was given.
+
+    Args:
+        attack: as a row has it, such as ``"+ autoattack,version=rand"``. Of a plugin's, such as ``"plugin:Name"``,
+            the plugin says what it runs: its attack function has an attribute ``ran``, a function from the options as
+            written (text by name) to what this one returns. What calls itself AutoAttack may be made of anything.
+
+    Returns:
+        Of AutoAttack its stages, without those whose budget ``stages=`` sets to 0; of another attack, and of a
+        plugin's that does not say, itself. The effort is empty where it is not known, or no stage's of AutoAttack.
+    """
+    family, name, options = _read(attack)
+    if family:
+        found = _told(attack.removeprefix(AFTER).partition(",")[0].strip(), options)
+        found = {"square" if name == "squareattack" else name: {}} if found is None else found
+    elif name == "autoattack":
+        found = _autoattack(options)
+    else:
+        found = {name: _given(_PUBLISHED.get(name, {}), options)}
+    return {stage: effort for stage, effort in found.items() if 0 not in effort.values()}
 
 
 def parts(attack: str) -> frozenset[str]:
-    """The attacks that one runs, by their names in this library.
+    """The names alone of what :func:`ran` finds."""
+    return frozenset(ran(attack))
+
+
+def shortfall(stage: str, effort: Effort) -> str:
+    """What a stage's effort lacks of the published one: ``"2 of 100 steps"``; empty where it lacks nothing.
 
     Args:
-        attack: as a row has it, such as ``"+ autoattack,version=rand"``; ``"plugin:Name"`` counts as its name.
-
-    Returns:
-        Of AutoAttack its stages, without those whose budget ``stages=`` sets to 0; of another attack itself.
+        stage: of one of AutoAttack's versions.
+        effort: from :func:`ran`.
     """
-    name, options = _read(attack)
-    if name == "squareattack":
-        return frozenset({"square"})
-    if name != "autoattack":
-        return frozenset({name})
-    stages = _stages(options)
-    own = stages if isinstance(stages, Mapping) else {}
-    with contextlib.suppress(UsageError):  # what it does not know is not known to have run
-        known = stages_of(options.get("version", "standard"), stages)
-        return frozenset(stage for stage, _, _ in known if _works(own.get(stage, {})))
-    return frozenset()
+    published = _PUBLISHED[stage]
+    if not set(published) <= set(effort):
+        return f"a number of {listed(list(published))} that is not known"
+    return listed([f"{effort[key]} of {full} {key}" for key, full in published.items() if effort[key] < full])
+
+
+def share(stage: str, effort: Effort) -> float:
+    """How much of a stage's published effort was made, from 0 (also where it is not known) to 1."""
+    return math.prod(min(1.0, effort.get(key, 0) / full) for key, full in _PUBLISHED[stage].items())
 
 
 def is_autoattack(attack: str) -> bool:
     """Whether the ensemble itself ran, in whichever version."""
-    return _read(attack)[0] == "autoattack"
+    return _read(attack)[1] == "autoattack"
 
 
 def as_published(attack: str) -> str:
     """Why AutoAttack is not the standard one at its published budgets; empty where it is."""
-    _, options = _read(attack)
+    _, _, options = _read(attack)
     version = options.get("version", "standard")
     if version != "standard":
         return (
@@ -60,9 +97,37 @@ def as_published(attack: str) -> str:
     return f"it ran with {', '.join(own)} of its own" if own else ""
 
 
-def _read(attack: str) -> tuple[str, dict[str, str]]:
+def _read(attack: str) -> tuple[str, str, dict[str, str]]:
+    """The plugin's name (empty for this library's own attacks), the attack's in lower case, and its options."""
     name, _, options = attack.removeprefix(AFTER).partition(",")
-    return name.rpartition(":")[2].strip().lower(), dict(_OPTION.findall(options))
+    family, _, own = name.rpartition(":")
+    return family.strip(), own.strip().lower(), dict(_OPTION.findall(options))
+
+
+def _told(name: str, options: Mapping[str, str]) -> dict[str, Effort] | None:
+    """What a plugin says that its attack runs; None where it says nothing, or is not installed here."""
+    with contextlib.suppress(UsageError):
+        tell = getattr(get_attack(name), "ran", None)
+        return None if tell is None else dict(tell(options))
+    return None
+
+
+def _autoattack(options: Mapping[str, str]) -> dict[str, Effort]:
+    """The stages of the ensemble with what each was given."""
+    stages = _stages(options)
+    own = stages if isinstance(stages, Mapping) else {}
+    with contextlib.suppress(UsageError):  # what it does not know is not known to have run
+        known = stages_of(options.get("version", "standard"), stages)
+        return {
+            name: _effort({**_given(_effort(settings), options), **own.get(name, {})}) for name, _, settings in known
+        }
+    return {}
+
+
+def _given(usual: Effort, options: Mapping[str, str]) -> dict[str, int]:
+    """The usual effort, with what the options say of it."""
+    said = {key: int(options[key]) for key in usual if options.get(key, "").isdecimal()}
+    return {**usual, **said}
 
 
 def _stages(options: Mapping[str, str]) -> Stages:
@@ -75,10 +140,6 @@ def _stages(options: Mapping[str, str]) -> Stages:
         if isinstance(found, Mapping):
             return found
     return text
-
-
-def _works(options: Mapping[str, Any]) -> bool:
-    return all(options.get(key) != 0 for key in ("steps", "queries", "targets"))
 
 
 def listed(names: Sequence[str]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from clipdefense.evaluation.ensemble import AFTER, STANDARD, is_autoattack, listed, parts
+from clipdefense.evaluation.ensemble import AFTER, STANDARD, Effort, is_autoattack, listed, ran, share, shortfall
 from clipdefense.evaluation.results import Evaluation, Row
 from clipdefense.threat import ThreatModel, format_eps
 
@@ -18,6 +19,9 @@ _KINDS = {
     "embedding": "The attacker moves embeddings through the defence, without labels.",
     "black box": "The attacker sees only what the deployed model answers, and searches without gradients.",
 }
+
+FEW_QUERIES = 100
+"""A black box that asks less often than that has hardly begun to search."""
 
 _ALWAYS = (
     "changes that are no small additions to pixels: patches, blur, rotations, another photograph, rewording the class "
@@ -78,17 +82,48 @@ def _lacks(evaluation: Evaluation) -> Iterator[str]:
     yield from evaluation.left_out
     # images made against the undefended model are no questions to the deployed one, whatever made them
     direct = [row for row in evaluation.rows if row.kind not in ("transfer", "embedding")]
-    ran = frozenset[str]().union(*(parts(row.attack) for row in direct))
-    if "square" not in ran and not any(row.kind == "black box" for row in direct):
-        yield "an attacker who sees answers alone, without gradients (square, or adaptive = true)"
-    left = [name for name in STANDARD if name not in ran]
-    if left:
-        text = "AutoAttack, the ensemble with which robust accuracies are usually compared"
-        if len(left) < len(STANDARD):
-            text += f" ({listed(left)} did not run)"
-        elif any(is_autoattack(row.attack) for row in evaluation.rows):
+    yield from _lacks_answers(direct)
+    found = _most(direct)
+    left = [name for name in STANDARD if name not in found]
+    short = [f"{name} ran with {lack}" for name in STANDARD if name in found and (lack := shortfall(name, found[name]))]
+    text = "AutoAttack, the ensemble with which robust accuracies are usually compared"
+    if len(left) == len(STANDARD):
+        if any(is_autoattack(row.attack) for row in evaluation.rows if row not in direct):
             text += ", against the defence itself (it ran on the undefended model)"
+        elif unknown := [row.attack.removeprefix(AFTER) for row in direct if is_autoattack(row.attack)]:
+            text += f" (what {_listed(unknown)} is made of is not known)"
         yield text
+    elif left:
+        yield f"{text} ({'; '.join((f'{listed(left)} did not run', *short))})"
+    elif short:
+        yield f"AutoAttack at its published budgets: {'; '.join(short)}"
+
+
+def _lacks_answers(direct: Sequence[Row]) -> Iterator[str]:
+    text = "an attacker who sees answers alone, without gradients"
+    asked = [effort for row in direct if (effort := _queries(row)) is not None]
+    if not asked:
+        yield f"{text} (square, or adaptive = true)"
+    elif max(asked) < FEW_QUERIES:
+        yield f"{text} (one was tried, with {max(asked):.0f} {'query' if max(asked) == 1 else 'queries'} only)"
+
+
+def _queries(row: Row) -> float | None:
+    """How often a black box asks, without an end where that is not known; None for an attack that is none."""
+    square = ran(row.attack).get("square")
+    if square is not None:
+        return square.get("queries", math.inf)
+    return math.inf if row.kind == "black box" else None
+
+
+def _most(direct: Sequence[Row]) -> Mapping[str, Effort]:
+    """The stages of AutoAttack that ran, each with the effort of the attack that lacks least of the published one."""
+    found: dict[str, Effort] = {}
+    for row in direct:
+        for name, effort in ran(row.attack).items():
+            if name in STANDARD and (name not in found or share(name, effort) > share(name, found[name])):
+                found[name] = effort
+    return found
 
 
 def _for(text: str, names: Sequence[str], among: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clipdefense.evaluation.ensemble import AFTER, as_published
+from clipdefense.evaluation.ensemble import AFTER, as_published, is_autoattack, listed
 from clipdefense.evaluation.report import kept, rows_of
 from clipdefense.evaluation.results import Kind, Row
 from clipdefense.runs.config import NO_DEFENSE
@@ -77,7 +77,10 @@ def _autoattack(cell: CellResult) -> tuple[float | None, list[str]]:
     evaluation = cell.evaluation
     rows = [row for row in evaluation.rows if _name(row) == "autoattack"]
     if not rows:
-        return None, ["no AutoAttack ran"]
+        theirs = dict.fromkeys(_name(row) for row in evaluation.rows if is_autoattack(row.attack))
+        return None, [
+            f"no autoattack_acc: {listed(list(theirs))} is another library's" if theirs else "no AutoAttack ran"
+        ]
     if evaluation.withheld:
         return None, ["autoattack_acc is withheld, because the audit is INVALID"]
     direct = [row for row in rows if row.kind in _ON_THE_MODEL]
