@@ -12,6 +12,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from clipdefense.attacks.doubts import outside
 from clipdefense.errors import UsageError
+from clipdefense.evaluation.counts import counted
 from clipdefense.runs.results import CellResult
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ def halved(task: Callable[[int], T], batch_size: int, what: str, advice: str = A
         if batch_size <= 1:
             raise UsageError(f"memory does not suffice for one image at a time of {what}; {advice}.")
         batch_size = (batch_size + 1) // 2
-        warnings.warn(f"out of memory: going on with {batch_size} images a forward.", stacklevel=outside())
+        warnings.warn(f"out of memory: going on with {counted(batch_size, 'image')} a forward.", stacklevel=outside())
 
 
 def _attempt(task: Callable[[int], T], batch_size: int) -> tuple[T] | None:

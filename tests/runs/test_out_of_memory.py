@@ -133,7 +133,7 @@ def test_a_transfer_goes_on_with_fewer_images_a_forward(make_config: MakeConfig,
     run(make_config(attacks=["pgd,steps=1,step_size=1e-5"], **changes), tmp_path / "b", device="cpu")
     (plain,) = transfer(tmp_path / "a", tmp_path / "b", device="cpu")
     limit(1)
-    with pytest.warns(UserWarning, match="out of memory: going on with 1 images a forward") as caught:
+    with pytest.warns(UserWarning, match="out of memory: going on with 1 image a forward") as caught:
         (found,) = transfer(tmp_path / "a", tmp_path / "b", device="cpu", batch_size=8)
     assert found == plain and plain.broken
     assert len(caught) == 3 and {warning.filename for warning in caught} == {__file__}
