@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -72,7 +72,26 @@ def load(name: str) -> Callable[..., Tensor]:
     reason = _refusal(attack)
     if reason:
         raise UsageError(f"'art:{name}' cannot attack images by their labels here: {reason}.")
-    return functools.partial(run, attack)
+    function = functools.partial(run, attack)
+    if name in _RUNS:
+        function.ran = _RUNS[name]  # type: ignore[attr-defined]
+    return function
+
+
+def _autoattack_ran(options: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """What ART makes its AutoAttack of; nothing is known of attacks that are put into it instead."""
+    if "attacks" in options:
+        return {}
+    return {"apgd-ce": {"steps": 100}, "apgd-dlr": {"steps": 100}, "deepfool": {}, "square": {"queries": 5000}}
+
+
+def _square_ran(options: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    usual = inspect.signature(evasion.SquareAttack).parameters["max_iter"].default
+    return {"square": {"queries": int(options.get("max_iter", usual))}}
+
+
+_RUNS = {"AutoAttack": _autoattack_ran, "SquareAttack": _square_ran}
+"""What is counted as this library's own attacks, see :func:`clipdefense.evaluation.ensemble.ran`."""
 
 
 def _usable() -> list[str]:

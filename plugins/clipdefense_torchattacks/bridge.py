@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,33 @@ def load(name: str) -> Callable[..., Tensor]:
         raise UsageError(f"'torchattacks:{name}' wraps other attacks and is no attack by itself; name those instead.")
     if name not in torchattacks.__all__:
         raise unknown_name("torchattacks attack", name, set(torchattacks.__all__) - set(torchattacks.__wrapper__))
-    return functools.partial(run, getattr(torchattacks, name))
+    function = functools.partial(run, getattr(torchattacks, name))
+    if name in _RUNS:
+        function.ran = _RUNS[name]  # type: ignore[attr-defined]
+    return function
+
+
+_STAGES = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+
+
+def _autoattack_ran(options: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """What torchattacks makes its AutoAttack of, with the steps that :func:`run` gives it, towards every class."""
+    steps, stages = {"steps": int(options.get("steps", "100"))}, _STAGES.get(options.get("version", "standard"), ())
+    more: dict[str, dict[str, int]] = {"apgd-t": {"targets": 9}, "fab-t": {"targets": 9}}
+    return {name: {"queries": 5000} if name == "square" else steps | more.get(name, {}) for name in stages}
+
+
+def _square_ran(options: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    usual = inspect.signature(torchattacks.Square).parameters["n_queries"].default
+    return {"square": {"queries": int(options.get("n_queries", usual))}}
+
+
+_RUNS = {"AutoAttack": _autoattack_ran, "Square": _square_ran}
+"""What is counted as this library's own attacks, see :func:`clipdefense.evaluation.ensemble.ran`."""
 
 
 @checks_at_zero
