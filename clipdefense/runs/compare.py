@@ -21,7 +21,6 @@ from clipdefense.evaluation.statistics import mcnemar
 from clipdefense.runs.bank import bank_file, read_bank
 from clipdefense.runs.build import Builder, choose_device
 from clipdefense.runs.decode import Decoder
-from clipdefense.runs.likeness import WORST as WORST
 from clipdefense.runs.likeness import InCommon, in_common, rows_of, unlike
 from clipdefense.runs.memory import halved, sufficed
 from clipdefense.runs.pixels import Images, Pixels, same_images

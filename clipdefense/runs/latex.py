@@ -46,7 +46,7 @@ def latex(joint: Joint, lines: Sequence[Line], found: Sequence[Mean]) -> str:
     return "\n".join(
         [
             "% Accuracy in %: clean, and the worst case per image over all attacks that were tried, with intervals",
-            "% (95 %: Wilson; of means: Zou and Donner). (24 of 40): not finished, of so many images alone.",
+            "% (95 %: Wilson; of means: Zou and Donner). (24 of 40): not finished, of these alone; (all 40): finished.",
             rf"\begin{{tabular}}{{ll{('r' * len(columns)) * len(groups)}}}",
             r"\hline",
             " & ".join(["", "", *spans]).lstrip() + r" \\",

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from clipdefense.errors import UsageError
+from clipdefense.evaluation.ensemble import AFTER
 from clipdefense.evaluation.results import Row
 from clipdefense.runs.pixels import unlike_units
-from clipdefense.runs.results import AFTER, CellResult, RunResult
+from clipdefense.runs.results import CellResult, RunResult
 
 WORST = "worst case per image"
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from clipdefense.errors import UsageError
 from clipdefense.evaluation.counts import counted
-from clipdefense.evaluation.ensemble import AFTER as AFTER
+from clipdefense.evaluation.ensemble import AFTER
 from clipdefense.evaluation.results import Evaluation, Kind, Row, still_standing
 from clipdefense.runs.build import Facts
 from clipdefense.runs.config import RunConfig

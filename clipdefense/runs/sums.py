@@ -12,9 +12,10 @@ from clipdefense.errors import unknown_name
 from clipdefense.evaluation.report import said
 from clipdefense.evaluation.results import Evaluation, Row
 from clipdefense.evaluation.statistics import Interval, macro, mcnemar
-from clipdefense.runs.compare import WORST, standing
+from clipdefense.runs.compare import standing
 from clipdefense.runs.config import NO_DEFENSE
 from clipdefense.runs.joint import Joint
+from clipdefense.runs.likeness import WORST
 from clipdefense.runs.results import CellResult, Unjudged
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from clipdefense.errors import UsageError
-from clipdefense.runs.compare import WORST, _pairs, compare, mcnemar, standing, transfer
+from clipdefense.runs.compare import _pairs, compare, mcnemar, standing, transfer
 from clipdefense.runs.config import RunConfig
+from clipdefense.runs.likeness import WORST
 from clipdefense.runs.results import RunResult, read
 from clipdefense.runs.run import run
 from clipdefense.runs.units import Cell

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from clipdefense.cli import application
 from clipdefense.errors import UsageError
 from clipdefense.evaluation.report import WITHHELD
-from clipdefense.runs.compare import WORST, Change, Transferred, compare, standing, transfer
+from clipdefense.runs.compare import Change, Transferred, compare, standing, transfer
 from clipdefense.runs.config import RunConfig
+from clipdefense.runs.likeness import WORST
 from clipdefense.runs.results import audit_file, read
 from clipdefense.runs.run import run
 from clipdefense.runs.show import changes, transfers
