@@ -103,14 +103,18 @@ def peak_bytes(function: Callable[[], Any], device: str) -> int:
 
 def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
     """Median seconds of each function, measured in turns so that a slow spell of the machine hits all alike."""
+    return {name: statistics.median(values) for name, values in rounds(functions, repeats, device).items()}
 
+
+def rounds(functions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each function, round by round, after one that does not count."""
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             times[name].append(seconds_of(function, device)[1])
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def bare_step(tower: nn.Module, images: Tensor) -> None:
