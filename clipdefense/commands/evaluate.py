@@ -365,13 +365,13 @@ def _tell(folder: Path, run: Path | None, done: int, out: Path | None, html: Pat
     from clipdefense.files import write_json
     from clipdefense.runs.page import write_page
     from clipdefense.runs.results import read
-    from clipdefense.runs.store import stores_in
+    from clipdefense.runs.store import in_shards
     from clipdefense.runs.terminal import tables
 
     def say(text: str) -> None:
         Console().print(text, soft_wrap=True, markup=False, highlight=False)
 
-    if any(not store.stem.endswith("-of-1") for store in stores_in(folder)):
+    if in_shards(folder):
         units = f"{counted(done, 'work unit')} of this shard now"
         say(f"{units}; when all are done: clipdefense merge {folder} --out MERGED")
         return

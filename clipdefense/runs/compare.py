@@ -9,24 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from clipdefense.attacks.foreign import clean_unless_within, within_budget
 from clipdefense.errors import UsageError, check_whole, unknown_name
-from clipdefense.evaluation.answers import Answers, ask
 from clipdefense.evaluation.results import Row
 from clipdefense.evaluation.statistics import mcnemar
 from clipdefense.runs.bank import bank_file, read_bank
 from clipdefense.runs.build import Builder, choose_device
 from clipdefense.runs.decode import Decoder
 from clipdefense.runs.likeness import InCommon, in_common, rows_of, unlike
-from clipdefense.runs.memory import halved, sufficed
+from clipdefense.runs.memory import sufficed
 from clipdefense.runs.pixels import Images, Pixels, same_images
 from clipdefense.runs.results import CellResult, RunResult, read
 from clipdefense.runs.store import check_same
-from clipdefense.runs.verify import SAME_IMAGES, check_images_same, check_kept, check_subject
+from clipdefense.runs.verify import SAME_IMAGES, Asker, check_images_same, check_kept, check_subject
 
 # which labels pair the cells of two runs: all, or where no two share those, all but the defence, the model, or both
 _ALIKE = (
@@ -293,23 +289,18 @@ def transfer(
     check_kept(ours, [one for one, _ in pairs])
     builder = Builder(theirs.config, choose_device(device))
     check_images_same(builder, theirs)
-    size = sufficed(theirs.cells) if batch_size is None else batch_size
-    found = []
-    for one, two in pairs:
-        attempt = _Transfer(ours, one, theirs, two, builder, size)
-        found.append(attempt.tried())
-        size = attempt.size  # what did not suffice for one cell is not tried on the next
-    return found
+    asker = Asker(builder.device, sufficed(theirs.cells) if batch_size is None else batch_size)
+    return [_Transfer(ours, one, theirs, two, builder, asker).tried() for one, two in pairs]
 
 
 class _Transfer:
     """One cell's perturbations on another cell's model."""
 
     def __init__(
-        self, ours: RunResult, one: CellResult, theirs: RunResult, two: CellResult, builder: Builder, size: int
+        self, ours: RunResult, one: CellResult, theirs: RunResult, two: CellResult, builder: Builder, asker: Asker
     ) -> None:
         self.ours, self.one, self.theirs, self.two = ours, one, theirs, two
-        self.builder, self.size, self.subject = builder, size, builder.subject(two.cell)
+        self.builder, self.ask, self.subject = builder, asker, builder.subject(two.cell)
         check_subject(self.subject, two.facts, two.cell.name)
         robust = standing(two, None)
         self.labels = dict(zip(two.samples[robust].tolist(), two.labels[robust].tolist()))
@@ -328,11 +319,16 @@ class _Transfer:
                 for ids, delta in read_bank(bank_file(self.ours.folder, self.one.cell.number, unit)).values():
                     rows = [row for row, name in enumerate(ids.tolist()) if name in self.labels]
                     if rows:
-                        x = here.images(ids[rows])
-                        within, fallen = self._ask(x, x + delta[rows], ids[rows])
-                        inside.update(ids[rows][within].tolist())
-                        outside.update(ids[rows][~within].tolist())
-                        broken.update(ids[rows][fallen].tolist())
+                        x, tried = here.images(ids[rows]), ids[rows]
+                        y = tried.new_tensor([self.labels[name] for name in tried.tolist()])
+                        subject = self.subject
+                        within, answers = self.ask(
+                            subject, self.two.cell.name, x, x + delta[rows], y, tried, subject.seeds
+                        )
+                        fallen = (answers.predicted != y.numpy()).any(axis=0) & within
+                        inside.update(tried[within].tolist())
+                        outside.update(tried[~within].tolist())
+                        broken.update(tried[fallen].tolist())
                         used = True
                 if used and made_on is not None:
                     made_on.unit(unit)
@@ -348,16 +344,3 @@ class _Transfer:
             other_pixels_a=len(made_on.other) if made_on else 0,
             withheld=_withheld(self.one, self.two),
         )
-
-    def _ask(self, x: Tensor, x_adv: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(k,) which perturbed images are within the budget, and which of those are misclassified on any seed."""
-        within = within_budget(self.subject.threat, x, x_adv)
-        y = ids.new_tensor([self.labels[name] for name in ids.tolist()])
-        where, judge, seeds = self.builder.device, self.subject.judge, self.subject.seeds
-        shown = clean_unless_within(self.subject.threat, x, x_adv)
-
-        def task(size: int) -> Answers:
-            return ask(judge, shown.to(where), y.to(where), ids.to(where), seeds, size)
-
-        answers, self.size = halved(task, self.size, repr(self.two.cell.name))
-        return within, torch.from_numpy((answers.predicted != y.numpy()).any(axis=0)) & within

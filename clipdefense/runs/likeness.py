@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from clipdefense.errors import UsageError
+from clipdefense.evaluation.counts import counted
 from clipdefense.evaluation.ensemble import AFTER
 from clipdefense.evaluation.results import Row
 from clipdefense.runs.pixels import unlike_units
@@ -69,7 +70,7 @@ def in_common(one: CellResult, two: CellResult) -> InCommon:
     a, b = ([row for key, row in own.items() if name_of[key] in shared] for own, name_of in zip(rows, named))
     if not any(said):
         return InCommon(WORST, "all attacks", a, b)
-    count = f"{len(shared)} attack{'s' if len(shared) > 1 else ''} both have"
+    count = f"{counted(len(shared), 'attack')} both have"
     notes = tuple(f"only {run} has {what}: it is in no worst case here" for run, what in zip("AB", said) if what)
     return InCommon(f"{WORST}, over the {count}", "what both have", a, b, notes)
 

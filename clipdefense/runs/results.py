@@ -21,7 +21,7 @@ from clipdefense.evaluation.results import Evaluation, Kind, Row, still_standing
 from clipdefense.runs.build import Facts
 from clipdefense.runs.config import RunConfig
 from clipdefense.runs.shards import check_shards
-from clipdefense.runs.store import Named, facts_of, reading, settings_of, stores_in
+from clipdefense.runs.store import Named, attacks_of, facts_of, in_shards, reading, settings_of, stores_in
 from clipdefense.runs.units import Cell, cells, jobs
 
 AUDITS = "audits"
@@ -177,7 +177,7 @@ def single_store(folder: Path) -> Path:
     found = stores_in(folder)
     if not found:
         raise UsageError(f"{str(folder)!r} holds no run; the folder given to `clipdefense evaluate --run` is expected.")
-    if len(found) > 1 or not found[0].stem.endswith("-of-1"):
+    if in_shards(folder):
         raise UsageError(
             f"{str(folder)!r} holds {len(found)} shards, such as {found[0].name}; join them with "
             f"`clipdefense merge {folder} --out MERGED` first."
@@ -248,9 +248,8 @@ def _cell(
         return [row for connection in opened for row in connection.execute(query, (cell.number, *more))]
 
     done = ask("SELECT device, threads, bucket, unrepeatable FROM units WHERE cell = ?")
-    query = "SELECT attack, view, kind, draws FROM attacks WHERE cell = ? ORDER BY number"
-    ran = (connection.execute(query, (cell.number,)).fetchall() for connection in opened)
-    attacks: list[Named] = next(filter(None, ran), [])  # the same in every shard
+    ran = (attacks_of(connection, cell.number) for connection in opened)
+    attacks = next(filter(None, ran), [])  # the same in every shard
     if not attacks:
         return Unjudged(cell, len(done), units - len(done))
     tables = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipdefense.errors import UsageError
 from clipdefense.runs.build import Facts
-from clipdefense.runs.store import check_same, facts_of, placeless, reading
+from clipdefense.runs.store import attacks_of, check_same, facts_of, placeless, reading
 
 
 def check_shards(stores: Sequence[Path]) -> None:
@@ -19,7 +19,7 @@ def check_shards(stores: Sequence[Path]) -> None:
     """
     first: Facts | None = None
     cells: dict[int, tuple[Facts, Path]] = {}
-    attacks: dict[int, tuple[list[list[str | int]], Path]] = {}
+    attacks: dict[int, tuple[list[list[object]], Path]] = {}
     owner: dict[tuple[int, int], Path] = {}
     for store in stores:
         with reading(store) as connection:
@@ -28,8 +28,7 @@ def check_shards(stores: Sequence[Path]) -> None:
                 first = facts
             check_same(first, facts, f"the shard {str(stores[0])!r}")
             for cell, name, text in connection.execute("SELECT cell, name, fingerprint FROM cells").fetchall():
-                query = "SELECT attack, view, kind, draws FROM attacks WHERE cell = ? ORDER BY number"
-                ran = [list(row) for row in connection.execute(query, (cell,))]
+                ran = [list(named) for named in attacks_of(connection, cell)]
                 known = cells.setdefault(cell, (json.loads(text), store))
                 said = f"the cell {name!r} in the shard {str(known[1])!r}"
                 check_same(placeless(known[0]), placeless(json.loads(text)), said)

@@ -202,11 +202,10 @@ class Store:
             many("INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
             names = ((cell, number, *named) for number, named in enumerate(unit.attacks))
             many("INSERT OR IGNORE INTO attacks VALUES (?, ?, ?, ?, ?, ?)", names)
-            query = "SELECT attack, view, kind, draws FROM attacks WHERE cell = ? ORDER BY number"
             if unit.attacks:  # the numbers mean what they meant in the sessions before
-                stored = {"attacks": run(query, (cell,)).fetchall()}
-                ours = {"attacks": unit.attacks}
-                check_same(json.loads(json.dumps(stored)), ours, f"the cell {job.cell.name!r} in {str(self.folder)!r}")
+                stored = [list(named) for named in attacks_of(self._connection, cell)]
+                where_from = f"the cell {job.cell.name!r} in {str(self.folder)!r}"
+                check_same({"attacks": stored}, {"attacks": unit.attacks}, where_from)
             many("INSERT OR IGNORE INTO left_out VALUES (?, ?)", ((cell, reason) for reason in unit.left_out))
             many("INSERT INTO corrupt VALUES (?, ?, ?, ?)", ((cell, job.unit, *bad) for bad in unit.corrupt))
 
@@ -250,6 +249,11 @@ def stores_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("verdicts-*-of-*.sqlite"))
 
 
+def in_shards(folder: Path) -> bool:
+    """Whether a run's folder holds parts of it."""
+    return any(not store.stem.endswith("-of-1") for store in stores_in(folder))
+
+
 def _owner(path: Path) -> str:
     """Who holds the lock, as far as the store says."""
     with contextlib.suppress(sqlite3.Error, UsageError, OSError), reading(path) as connection:
@@ -288,6 +292,12 @@ def _meta(connection: sqlite3.Connection, path: Path) -> Facts:
     if meta.get("format") != FORMAT:
         raise UsageError(f"verdict store {str(path)!r} has format {meta.get('format')!r}; {FORMAT} is known.")
     return meta
+
+
+def attacks_of(connection: sqlite3.Connection, cell: int) -> list[Named]:
+    """A cell's attacks in the order of their numbers."""
+    query = "SELECT attack, view, kind, draws FROM attacks WHERE cell = ? ORDER BY number"
+    return connection.execute(query, (cell,)).fetchall()
 
 
 def settings_of(connection: sqlite3.Connection) -> Facts:

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipdefense.attacks.foreign import clean_unless_within, within_budget
+from clipdefense.attacks.foreign import within_budget
+from clipdefense.attacks.norms import per_image
 from clipdefense.errors import UsageError, check_whole
 from clipdefense.evaluation.answers import Answers, ask
 from clipdefense.evaluation.statistics import Interval, wilson
@@ -180,15 +181,13 @@ def verify(
         said = f"the run in {str(folder)!r} is NOT FINISHED: {missing} work units are missing; what is there is proved."
         warnings.warn(said, stacklevel=2)
     proofs: list[Proof] = []
-    size = sufficed(result.cells) if batch_size is None else batch_size
+    asker = Asker(builder.device, sufficed(result.cells) if batch_size is None else batch_size)
     for cell in result.cells:
         (progress or (lambda _: None))(cell.cell.name)
         own = replace(cell, cell=replace(cell.cell, model=_found(config.models, cell.cell.model.label)))
         subject = builder.subject(own.cell)
         check_subject(subject, own.facts, cell.cell.name)
-        verifier = _Verifier(result, own, subject, builder, size, seeds)
-        proofs += verifier.proofs()
-        size = verifier.batch_size  # what did not suffice for one cell is not tried on the next
+        proofs += _Verifier(result, own, subject, builder, asker, seeds).proofs()
     _write(result.folder / "verify.json" if out is None else Path(out), missing, proofs)
     return proofs
 
@@ -239,6 +238,40 @@ def _only(facts: Mapping[str, Any], keys: tuple[str, ...]) -> Facts:
     return {key: facts.get(key) for key in keys}
 
 
+class Asker:
+    """Asks judged models about perturbed images; where memory does not suffice, with fewer a forward from there on."""
+
+    def __init__(self, device: str, size: int) -> None:
+        """
+        Args:
+            device: where.
+            size: images a forward to begin with.
+        """
+        self.device, self.size = device, size
+
+    def __call__(
+        self, subject: Subject, name: str, x: Tensor, x_adv: Tensor, y: Tensor, ids: Tensor, seeds: range
+    ) -> tuple[NDArray[np.bool_], Answers]:
+        """
+        Args:
+            subject: whose judged model is asked, under whose threat model; ``name`` its cell's, for messages.
+            x, x_adv: (n, C, H, W) clean and perturbed; y: (n,) labels; ids: (n,); all on the CPU.
+            seeds: of the draws.
+
+        Returns:
+            (n,) which are within the budget, and what was said; of those that are not, it was said of the clean image.
+        """
+        inside = within_budget(subject.threat, x, x_adv)
+        asked, judge = (torch.where(per_image(inside, x), x_adv, x), y, ids), subject.judge
+
+        def task(size: int) -> Answers:
+            shown, labels, numbers = (tensor.to(self.device) for tensor in asked)
+            return ask(judge, shown, labels, numbers, seeds, size)
+
+        answers, self.size = halved(task, self.size, repr(name))
+        return inside.numpy(), answers
+
+
 class _Verifier:
     """One cell's claims."""
 
@@ -248,11 +281,11 @@ class _Verifier:
         cell: CellResult,
         subject: Subject,
         builder: Builder,
-        batch_size: int,
+        asker: Asker,
         seeds: int | None,
     ) -> None:
         self.result, self.cell, self.subject, self.builder = result, cell, subject, builder
-        self.batch_size = batch_size
+        self.ask = asker
         count = len(cell.seeds) if seeds is None or not subject.randomized else seeds
         self.seeds = range(subject.seeds.start, subject.seeds.start + count)
         self.claimed = cell.adversarial != cell.labels  # (attacks, seeds, n)
@@ -301,8 +334,7 @@ class _Verifier:
         """x clean, and what was added to it; returns how many claims fail."""
         x_adv = x + delta
         ids, y = (torch.from_numpy(values[rows]) for values in (self.cell.samples, self.cell.labels))
-        inside = within_budget(self.subject.threat, x, x_adv).numpy()
-        answers = self._ask(clean_unless_within(self.subject.threat, x, x_adv), y, ids)
+        inside, answers = self.ask(self.subject, self.cell.cell.name, x, x_adv, y, ids, self.seeds)
         wrong = (answers.predicted != y.numpy()) & inside
         stored = self.claimed[number][:, rows][: len(self.seeds)]
         again, margin = wrong[: len(stored)], answers.margin[: len(stored)]
@@ -319,13 +351,3 @@ class _Verifier:
         proof.wrong += int(wrong.sum())
         proof.failures = [*proof.failures, *ids.numpy()[bad.any(axis=0)].tolist()][:20]
         return int(bad.sum())
-
-    def _ask(self, shown: Tensor, y: Tensor, ids: Tensor) -> Answers:
-        """What the judged model says, with fewer images a forward from here on where memory does not suffice."""
-        device, judge = self.builder.device, self.subject.judge
-
-        def task(size: int) -> Answers:
-            return ask(judge, shown.to(device), y.to(device), ids.to(device), self.seeds, size)
-
-        answers, self.batch_size = halved(task, self.batch_size, repr(self.cell.cell.name))
-        return answers
